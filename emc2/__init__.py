@@ -1,0 +1,1 @@
+"""Stochastic optimisation research in JAX."""
