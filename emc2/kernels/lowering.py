@@ -1,0 +1,42 @@
+"""Lowering for a chip that is not there."""
+
+from collections.abc import Callable
+
+import jax
+
+# How JAX names one chip of each platform; some operations ask while lowering.
+KINDS = {'cpu': 'cpu', 'cuda': 'NVIDIA H200', 'tpu': 'TPU v6 lite'}
+
+
+def lower_for(
+    fn: Callable[..., object],
+    *specs: object,
+    platform: str,
+    kind: str | None = None,
+) -> jax.stages.Lowered:
+  """Lowers `fn` for one chip of `platform` on a machine without one.
+
+  Args:
+    fn: function of arrays, not yet jitted.
+    *specs: its arguments, as arrays or :class:`jax.ShapeDtypeStruct`.
+    platform: 'cpu', 'cuda' or 'tpu'.
+    kind: the chip's name as in `jax.Device.device_kind`; by default a recent
+      one of the platform.
+
+  Returns:
+    The lowered program; `.as_text()` is what a test counts kernels in.
+
+  Raises:
+    ValueError: `platform` is none of the three.
+
+  Examples:
+    >>> lowered = lower_for(jnp.sin, jnp.zeros(3), platform='tpu')
+    >>> lowered.as_text().count('stablehlo.sine')
+    1
+  """
+  if platform not in KINDS:
+    raise ValueError(f'{platform=} is not one of {sorted(KINDS)}.')
+  chip = jax.sharding.AbstractDevice(kind or KINDS[platform], 1, platform)
+  mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=chip)
+  with jax.sharding.use_abstract_mesh(mesh):
+    return jax.jit(fn).trace(*specs).lower(lowering_platforms=(platform,))
