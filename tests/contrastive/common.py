@@ -1,0 +1,120 @@
+"""Data, encoders and oracles that the tests of contrastive methods share.
+
+Every oracle is NumPy in float64, written from the papers.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emc2.contrastive import estimator
+
+
+def clusters(
+  num_samples: int,
+  num_views: int = 2,
+  *,
+  size: int = 16,
+  num_clusters: int = 10,
+  sample_noise: float = 0.5,
+  view_noise: float = 0.25,
+  seed: int = 0,
+) -> np.ndarray:
+  """Unit views of points around unit centroids: (m, A, size), float64.
+
+  A sample is its centroid plus `sample_noise` times N(0, I / size), a view is
+  its sample plus `view_noise` times N(0, I / size), normalised.
+  """
+  rng = np.random.default_rng(seed)
+  noise = lambda *shape: rng.normal(size=(*shape, size)) / np.sqrt(size)
+  centroids = normalize(noise(num_clusters))
+  label = rng.integers(num_clusters, size=num_samples)
+  samples = centroids[label] + sample_noise * noise(num_samples)
+  views = samples[:, None] + view_noise * noise(num_samples, num_views)
+  return normalize(views)
+
+
+def normalize(x: np.ndarray) -> np.ndarray:
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def embed_table(params, data, index, view):
+  """The encoder whose parameters are the embeddings, (m, A, d)."""
+  del data
+  return params['table'][index, view.astype(jnp.int32)]
+
+
+def embed_linear(params, data, index, view):
+  """A linear encoder of views (m, A, k) with weights (k, d)."""
+  rows = data[index, view.astype(jnp.int32)] @ params['weight']
+  return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def table(views: np.ndarray) -> dict[str, jax.Array]:
+  """The parameters of `embed_table`."""
+  return {'table': jnp.asarray(views, jnp.float32)}
+
+
+def batch(index, num_views: int = 2, data=(), seed: int | None = None):
+  """A batch of samples; views 0 and 1, or with a seed two distinct ones."""
+  index = jnp.asarray(index, jnp.int32)
+  if seed is None:
+    view = jnp.tile(jnp.array([[0], [1]], jnp.uint32), (1, index.size))
+  else:
+    view = estimator.draw_views(jax.random.key(seed), index.size, num_views)
+  return estimator.Batch(index=index, view=view, data=data)
+
+
+def gradient(method, key, memory, params, batch, embed_fn=embed_table):
+  """One evaluation: ((value, (memory, info)), gradient in params)."""
+  grad_fn = jax.value_and_grad(method.surrogate, argnums=2, has_aux=True)
+  return grad_fn(key, memory, params, batch, embed_fn)
+
+
+def relative_error(got, want) -> float:
+  """Euclidean distance over the length of what was wanted."""
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def numpy_global_loss(views: np.ndarray, beta: float) -> float:
+  """The global contrastive loss of (m, A, d)."""
+  return _global(np.asarray(views, np.float64), beta)[0]
+
+
+def numpy_global_gradient(views: np.ndarray, beta: float) -> np.ndarray:
+  """Its gradient in the embeddings, taken as free vectors: (m, A, d)."""
+  return _global(np.asarray(views, np.float64), beta)[1]
+
+
+def numpy_linear_gradient(
+  inputs: np.ndarray, weight: np.ndarray, beta: float
+) -> np.ndarray:
+  """The gradient of the global loss in the weights of `embed_linear`."""
+  inputs = np.asarray(inputs, np.float64)
+  rows = inputs @ np.asarray(weight, np.float64)
+  length = np.linalg.norm(rows, axis=-1, keepdims=True)
+  unit = rows / length
+  d_unit = numpy_global_gradient(unit, beta)
+  along = np.sum(d_unit * unit, axis=-1, keepdims=True)
+  d_rows = (d_unit - along * unit) / length
+  return np.einsum('mak,mad->kd', inputs, d_rows)
+
+
+def _global(views, beta):
+  num_samples, num_views, size = views.shape
+  everything = views.reshape(-1, size)
+  owner = np.repeat(np.arange(num_samples), num_views)
+  same = owner[:, None] == owner[None, :]
+  similarity = everything @ everything.T
+  logits = np.where(same, -np.inf, beta * similarity)
+  top = logits.max(axis=1, keepdims=True)
+  weights = np.exp(logits - top)
+  total = weights.sum(axis=1, keepdims=True)
+  positive = same & ~np.eye(same.shape[0], dtype=bool)
+  positive = positive / (num_views - 1)
+  losses = np.log(total[:, 0]) + top[:, 0]
+  losses -= beta * np.sum(positive * similarity, axis=1)
+  pull = beta * (weights / total - positive) / same.shape[0]
+  d_everything = (pull + pull.T) @ everything
+  return losses.mean(), d_everything.reshape(views.shape)
