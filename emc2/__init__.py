@@ -1,1 +1,12 @@
-"""Stochastic optimisation research in JAX."""
+"""Stochastic optimisation research in JAX.
+
+The core knows jax and numpy only. Gradient transformations stand in
+:mod:`emc2.transforms`, programs in :mod:`emc2.experiments`; neither is imported
+from here.
+"""
+
+from emc2 import algorithm, contrastive, kernels, mesh
+
+__version__ = '0.1.0'
+
+__all__ = ['algorithm', 'contrastive', 'kernels', 'mesh']
