@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emc2 import mesh as mesh_lib
 from emc2.contrastive import estimator
 
 
@@ -68,6 +69,7 @@ def batch(index, num_views: int = 2, data=(), seed: int | None = None):
 def gradient(method, key, memory, params, batch, embed_fn=embed_table):
   """One evaluation: ((value, (memory, info)), gradient in params)."""
   grad_fn = jax.value_and_grad(method.surrogate, argnums=2, has_aux=True)
+  grad_fn = jax.jit(grad_fn, static_argnums=4)
   return grad_fn(key, memory, params, batch, embed_fn)
 
 
@@ -118,3 +120,94 @@ def _global(views, beta):
   pull = beta * (weights / total - positive) / same.shape[0]
   d_everything = (pull + pull.T) @ everything
   return losses.mean(), d_everything.reshape(views.shape)
+
+
+def run(method, params, batches, embed_fn=embed_table, mesh=None):
+  """Evaluates a method on batches in turn, at fixed parameters.
+
+  Args:
+    method: An estimator.
+    params: Of the encoder.
+    batches: A list of batches.
+    embed_fn: The encoder.
+    mesh: Splits every batch over the axis `data`; None means one device.
+
+  Returns:
+    The list of gradients, the list of infos, and the last memory.
+  """
+  memory = method.init(jax.random.key(1), params)
+  surrogate = method.surrogate
+  if mesh is not None:
+    surrogate = estimator.shard_surrogate(method, mesh)
+    memory = mesh_lib.place(memory, mesh, method.shardings(mesh))
+  grad_fn = jax.jit(
+    jax.grad(surrogate, argnums=2, has_aux=True), static_argnums=4
+  )
+  gradients, infos = [], []
+  for number, one in enumerate(batches):
+    key = jax.random.fold_in(jax.random.key(0), number)
+    grads, (memory, info) = grad_fn(key, memory, params, one, embed_fn)
+    gradients.append(grads)
+    infos.append(info)
+  return gradients, infos, memory
+
+
+def linear_problem(num_samples, batch_size, num_batches, seed=0, num_views=2):
+  """A linear encoder with batches of distinct samples: (params, batches)."""
+  views = clusters(num_samples, num_views, seed=seed)
+  rng = np.random.default_rng(seed)
+  params = {'weight': jnp.float32(rng.normal(size=(views.shape[-1], 8)))}
+  batches = [
+    batch(
+      rng.choice(num_samples, batch_size, replace=False),
+      num_views,
+      jnp.float32(views),
+      seed=number,
+    )
+    for number in range(num_batches)
+  ]
+  return params, batches
+
+
+def assert_sharded_equals_single(make, params, batches, rtol=1e-5):
+  """Eight devices give the gradients, memory and infos of one.
+
+  Args:
+    make: `(axis_name) -> Estimator`.
+    params: Of `embed_linear`.
+    batches: Several, of sizes that are multiples of 8.
+    rtol: Of every comparison; gradients are compared as vectors.
+  """
+  mesh = mesh_lib.make(data=8)
+  single = run(make(None), params, batches, embed_linear)
+  sharded = run(make(mesh_lib.DATA), params, batches, embed_linear, mesh)
+  for want, got in zip(single[0], sharded[0], strict=True):
+    for w, g in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+      assert relative_error(g, w) < rtol, (g, w)
+  for want, got in zip(
+    jax.tree.leaves(single[1:]), jax.tree.leaves(sharded[1:]), strict=True
+  ):
+    np.testing.assert_allclose(got, want, rtol=rtol, atol=1e-6)
+
+
+def count_collectives(method, params, one, embed_fn=embed_linear):
+  """How many collectives of each kind one gradient lowers to on 8 devices."""
+  mesh = mesh_lib.make(data=8)
+  memory = method.init(jax.random.key(1), params)
+  grad_fn = jax.grad(
+    estimator.shard_surrogate(method, mesh), argnums=2, has_aux=True
+  )
+  step = lambda key, *rest: grad_fn(key, *rest, embed_fn)
+  text = jax.jit(step).lower(jax.random.key(0), memory, params, one).as_text()
+  kinds = (
+    'all_gather',
+    'all_reduce',
+    'reduce_scatter',
+    'all_to_all',
+    'collective_permute',
+  )
+  return {
+    kind: count
+    for kind in kinds
+    if (count := text.count(f'"stablehlo.{kind}"'))
+  }
