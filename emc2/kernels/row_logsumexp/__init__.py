@@ -1,6 +1,5 @@
 """Streaming log-sum-exp over the negatives of a contrastive batch."""
 
-from emc2.kernels.row_logsumexp.api import row_logsumexp
-from emc2.kernels.row_logsumexp.api import RowLogsumexp
+from emc2.kernels.row_logsumexp.api import RowLogsumexp, row_logsumexp
 
 __all__ = ['RowLogsumexp', 'row_logsumexp']

@@ -6,15 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emc2.kernels.row_logsumexp import pallas_gpu
-from emc2.kernels.row_logsumexp import pallas_tpu
-from emc2.kernels.row_logsumexp import reference
+from emc2.kernels.row_logsumexp import pallas_gpu, pallas_tpu, reference
 
-_IMPLEMENTATIONS = {
-    'xla': reference,
-    'pallas_tpu': pallas_tpu,
-    'pallas_gpu': pallas_gpu,
+_KERNELS = {
+  'pallas_tpu': ('tpu', pallas_tpu),
+  'pallas_gpu': ('cuda', pallas_gpu),
 }
+_IMPLEMENTATIONS = ('auto', 'xla', *_KERNELS)
 
 
 class RowLogsumexp(NamedTuple):
@@ -24,15 +22,27 @@ class RowLogsumexp(NamedTuple):
   mean: jax.Array  # (n,), float32: sum_j p_aj rows_a . columns_j; no gradient.
 
 
+def _fits_auto(module, rows, columns):
+  if module is pallas_gpu and not pallas_gpu.is_hopper():
+    return False
+  return module.unsupported(rows, columns) is None
+
+
 def _dispatch(direction, implementation, rows, columns, *stats):
   """Runs `direction` of the chosen implementation."""
-  if implementation != 'auto':
-    module = _IMPLEMENTATIONS[implementation]
-    return getattr(module, direction)(rows, columns, *stats)
-  choices = {'default': getattr(reference, direction)}
-  for platform, module in (('tpu', pallas_tpu), ('cuda', pallas_gpu)):
-    if module.unsupported(rows, columns) is None:
-      choices[platform] = getattr(module, direction)
+  default = getattr(reference, direction)
+  if implementation == 'xla':
+    return default(rows, columns, *stats)
+  if implementation == 'auto':
+    choices = {
+      platform: getattr(module, direction)
+      for platform, module in _KERNELS.values()
+      if _fits_auto(module, rows, columns)
+    }
+    choices['default'] = default
+  else:
+    platform, module = _KERNELS[implementation]
+    choices = {platform: getattr(module, direction)}
   return jax.lax.platform_dependent(rows, columns, *stats, **choices)
 
 
@@ -50,7 +60,7 @@ def _row_logsumexp_bwd(implementation, residuals, cotangents):
   rows, columns, image, scale, value, mean = residuals
   cotangent, _ = cotangents
   d_rows, d_columns = _dispatch(
-      'backward', implementation, rows, columns, image, scale, value, cotangent
+    'backward', implementation, rows, columns, image, scale, value, cotangent
   )
   d_rows = d_rows.astype(rows.dtype)
   if columns is not None:
@@ -65,8 +75,8 @@ def _check(rows, columns, position, scale, implementation):
   """Raises what :func:`row_logsumexp` promises to raise."""
   if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.floating):
     raise ValueError(
-        f'rows must be a float array of shape (n, d), got {rows.dtype} of shape'
-        f' {rows.shape}.'
+      f'rows must be a float array of shape (n, d), got {rows.dtype} of shape'
+      f' {rows.shape}.'
     )
   n, d = rows.shape
   if columns is None:
@@ -76,35 +86,35 @@ def _check(rows, columns, position, scale, implementation):
       raise ValueError(f'columns must be (c, {d}), got shape {columns.shape}.')
     if columns.dtype != rows.dtype:
       raise ValueError(
-          f'columns must have the dtype of rows, {rows.dtype}, got'
-          f' {columns.dtype}.'
+        f'columns must have the dtype of rows, {rows.dtype}, got'
+        f' {columns.dtype}.'
       )
     if position is None:
       raise ValueError('position must be given with columns, got None.')
     if position.shape != (n,) or not jnp.issubdtype(
-        position.dtype, jnp.integer
+      position.dtype, jnp.integer
     ):
       raise ValueError(
-          f'position must be an int array of shape ({n},), got'
-          f' {position.dtype} of shape {position.shape}.'
+        f'position must be an int array of shape ({n},), got'
+        f' {position.dtype} of shape {position.shape}.'
       )
     c = columns.shape[0]
   if c % 2:
     raise ValueError(f'columns must come in pairs of views, got {c} of them.')
   if c < 4:
     raise ValueError(
-        f'a batch must have at least 2 images for a negative, got {c // 2}.'
+      f'a batch must have at least 2 images for a negative, got {c // 2}.'
     )
   if scale.shape not in ((), (n,)) or not jnp.issubdtype(
-      scale.dtype, jnp.floating
+    scale.dtype, jnp.floating
   ):
     raise ValueError(
-        f'scale must be a float, one or of shape ({n},), got {scale.dtype} of'
-        f' shape {scale.shape}.'
+      f'scale must be a float, one or of shape ({n},), got {scale.dtype} of'
+      f' shape {scale.shape}.'
     )
-  if implementation != 'auto' and implementation not in _IMPLEMENTATIONS:
+  if implementation not in _IMPLEMENTATIONS:
     raise ValueError(
-        f'{implementation=} is not one of auto, {", ".join(_IMPLEMENTATIONS)}.'
+      f'{implementation=} is not one of {", ".join(_IMPLEMENTATIONS)}.'
     )
 
 
@@ -127,12 +137,12 @@ def _vary_alike(*arrays):
 
 
 def row_logsumexp(
-    rows: jax.typing.ArrayLike,
-    columns: jax.typing.ArrayLike | None,
-    position: jax.typing.ArrayLike | None,
-    scale: jax.typing.ArrayLike,
-    *,
-    implementation: str = 'auto',
+  rows: jax.typing.ArrayLike,
+  columns: jax.typing.ArrayLike | None,
+  position: jax.typing.ArrayLike | None,
+  scale: jax.typing.ArrayLike,
+  *,
+  implementation: str = 'auto',
 ) -> RowLogsumexp:
   r"""Log-sum-exp of each row's similarities to its negatives.
 
@@ -200,5 +210,5 @@ def row_logsumexp(
   scale = jnp.broadcast_to(scale.astype(jnp.float32), (n,))
   rows, columns, image, scale = _vary_alike(rows, columns, image, scale)
   return RowLogsumexp(
-      *_row_logsumexp(implementation, rows, columns, image, scale)
+    *_row_logsumexp(implementation, rows, columns, image, scale)
   )

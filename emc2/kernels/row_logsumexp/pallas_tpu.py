@@ -7,9 +7,9 @@ that a tile of similarities lives and dies in VMEM.
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-import jax.numpy as jnp
 
 from emc2.kernels.row_logsumexp import reference
 
@@ -27,7 +27,12 @@ def unsupported(rows, columns):
 
 def _blocks(n, c, d):
   """Rows held and columns streamed at once: (held, streamed)."""
-  held, streamed = (256, 512) if d <= 512 else (128, 256)
+  if d <= 512:
+    held, streamed = 256, 512
+  elif d <= 1024:
+    held, streamed = 128, 256
+  else:
+    held, streamed = 128, 128
   up = lambda k: pl.cdiv(k, _LANES) * _LANES
   return min(held, up(n)), min(streamed, up(c))
 
@@ -46,28 +51,28 @@ def _working(x):
 def _dot(x, y, contract):
   exact = x.dtype == jnp.float32
   return jax.lax.dot_general(
-      x,
-      y,
-      ((contract[:1], contract[1:]), ((), ())),
-      # One pass of the matrix unit keeps 8 bits of a float32: too few for a
-      # similarity that is multiplied by an inverse temperature of 200.
-      precision=jax.lax.Precision.HIGHEST if exact else None,
-      preferred_element_type=jnp.float32,
+    x,
+    y,
+    ((contract[:1], contract[1:]), ((), ())),
+    # One pass of the matrix unit keeps 8 bits of a float32: too few for a
+    # similarity that is multiplied by an inverse temperature of 200.
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+    preferred_element_type=jnp.float32,
   )
 
 
 def _forward_kernel(
-    rows_ref,
-    columns_ref,
-    image_ref,
-    scale_ref,
-    value_ref,
-    mean_ref,
-    top_ref,
-    total_ref,
-    moment_ref,
-    *,
-    c,
+  rows_ref,
+  columns_ref,
+  image_ref,
+  scale_ref,
+  value_ref,
+  mean_ref,
+  top_ref,
+  total_ref,
+  moment_ref,
+  *,
+  c,
 ):
   # Columns lie on sublanes and rows on lanes: a reduction over columns is then
   # elementwise work, and what belongs to rows is dense.
@@ -86,10 +91,10 @@ def _forward_kernel(
   logits = jnp.where(out, -jnp.inf, scale_ref[...] * s)
   old = top_ref[...]
   top = jnp.maximum(old, jnp.max(logits, axis=0, keepdims=True))
-  # Until a row has met its first negative its maximum is -inf.
-  shift = jnp.where(top == -jnp.inf, 0.0, top)
-  p = jnp.exp(logits - shift)
-  fade = jnp.exp(old - shift)
+  # Two columns of a tile, an even number of them, show different images: no row
+  # meets only its own, and the maximum is finite from the first tile on.
+  p = jnp.exp(logits - top)
+  fade = jnp.exp(old - top)
   total = fade * total_ref[...] + jnp.sum(p, axis=0, keepdims=True)
   moment = fade * moment_ref[...] + jnp.sum(p * s, axis=0, keepdims=True)
   top_ref[...], total_ref[...], moment_ref[...] = top, total, moment
@@ -113,25 +118,27 @@ def forward(rows, columns, image, scale, *, interpret=False):
   stats = [_pad(x[None, :], 1, held) for x in (image, scale)]
   per_row = pl.BlockSpec((1, held), lambda i, j: (0, i))
   value, mean = pl.pallas_call(
-      functools.partial(_forward_kernel, c=c),
-      grid=(rows.shape[0] // held, columns.shape[0] // streamed),
-      in_specs=[
-          pl.BlockSpec((held, rows.shape[1]), lambda i, j: (i, 0)),
-          pl.BlockSpec((streamed, rows.shape[1]), lambda i, j: (j, 0)),
-          per_row,
-          per_row,
-      ],
-      out_specs=[per_row] * 2,
-      out_shape=[
-          jax.ShapeDtypeStruct((1, rows.shape[0]), jnp.float32, manual_axis_type=varying)
-      ]
-      * 2,
-      scratch_shapes=[pltpu.VMEM((1, held), jnp.float32)] * 3,
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=('parallel', 'arbitrary')
-      ),
-      interpret=interpret,
-      name='row_logsumexp_forward',
+    functools.partial(_forward_kernel, c=c),
+    grid=(rows.shape[0] // held, columns.shape[0] // streamed),
+    in_specs=[
+      pl.BlockSpec((held, rows.shape[1]), lambda i, j: (i, 0)),
+      pl.BlockSpec((streamed, rows.shape[1]), lambda i, j: (j, 0)),
+      per_row,
+      per_row,
+    ],
+    out_specs=[per_row] * 2,
+    out_shape=[
+      jax.ShapeDtypeStruct(
+        (1, rows.shape[0]), jnp.float32, manual_axis_type=varying
+      )
+    ]
+    * 2,
+    scratch_shapes=[pltpu.VMEM((1, held), jnp.float32)] * 3,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary')
+    ),
+    interpret=interpret,
+    name='row_logsumexp_forward',
   )(rows, columns, *stats)
   return value[0, :n], mean[0, :n]
 
@@ -174,11 +181,11 @@ def _pull(x, y, x_image, y_image, x_stats, y_stats, interpret):
     interpret: static, as in `pallas_call`.
 
   Returns:
-    (n, d), in the dtype of x.
+    (n, d), in bfloat16 for bfloat16, else float32.
   """
   n, d = x.shape
   held, streamed = _blocks(n, y.shape[0], d)
-  out_dtype, varying = x.dtype, jax.typeof(x).manual_axis_type
+  varying = jax.typeof(x).manual_axis_type
   x = _pad(_working(x), held, _LANES)
   y = _pad(_working(y), streamed, _LANES)
   as_x = lambda v: _pad(v[:, None], held, 1)
@@ -188,34 +195,32 @@ def _pull(x, y, x_image, y_image, x_stats, y_stats, interpret):
   block = pl.BlockSpec((held, x.shape[1]), lambda i, j: (i, 0))
   tile = pl.BlockSpec((streamed, x.shape[1]), lambda i, j: (j, 0))
   out = pl.pallas_call(
-      _pull_kernel,
-      grid=(x.shape[0] // held, y.shape[0] // streamed),
-      in_specs=[block, tile, per_x, per_y]
-      + [per_x] * len(x_stats)
-      + [per_y] * len(y_stats),
-      out_specs=block,
-      out_shape=jax.ShapeDtypeStruct(x.shape, out_dtype, manual_axis_type=varying),
-      scratch_shapes=[pltpu.VMEM((held, x.shape[1]), jnp.float32)],
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=('parallel', 'arbitrary')
-      ),
-      interpret=interpret,
-      name='row_logsumexp_pull',
+    _pull_kernel,
+    grid=(x.shape[0] // held, y.shape[0] // streamed),
+    in_specs=[block, tile, per_x, per_y]
+    + [per_x] * len(x_stats)
+    + [per_y] * len(y_stats),
+    out_specs=block,
+    out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying),
+    scratch_shapes=[pltpu.VMEM((held, x.shape[1]), jnp.float32)],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary')
+    ),
+    interpret=interpret,
+    name='row_logsumexp_pull',
   )(
-      x,
-      y,
-      as_x(x_image),
-      as_y(y_image),
-      *map(as_x, x_stats),
-      *map(as_y, y_stats),
+    x,
+    y,
+    as_x(x_image),
+    as_y(y_image),
+    *map(as_x, x_stats),
+    *map(as_y, y_stats),
   )
   return out[:n, :d]
 
 
-def backward(
-    rows, columns, image, scale, value, cotangent, *, interpret=False
-):
-  """As `reference.backward`, in the dtype of the embeddings."""
+def backward(rows, columns, image, scale, value, cotangent, *, interpret=False):
+  """As `reference.backward`; bfloat16 gradients of bfloat16 embeddings."""
   if (reason := unsupported(rows, columns)) is not None:
     raise NotImplementedError(reason)
   stats = (scale, value, cotangent * scale)
@@ -223,6 +228,6 @@ def backward(
     return _pull(rows, rows, image, image, stats, stats, interpret), None
   column_image = reference.column_image(columns.shape[0])
   return (
-      _pull(rows, columns, image, column_image, stats, (), interpret),
-      _pull(columns, rows, column_image, image, (), stats, interpret),
+    _pull(rows, columns, image, column_image, stats, (), interpret),
+    _pull(columns, rows, column_image, image, (), stats, interpret),
   )

@@ -21,11 +21,11 @@ _MIN_ROWS = 256
 def _similarity(rows, columns):
   """Inner products in float32 of (n, d) with (c, d): (n, c)."""
   return jax.lax.dot_general(
-      rows,
-      columns,
-      (((1,), (1,)), ((), ())),
-      precision=jax.lax.Precision.HIGHEST,
-      preferred_element_type=jnp.float32,
+    rows,
+    columns,
+    (((1,), (1,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
   )
 
 
@@ -42,9 +42,7 @@ def _to_blocks(xs, n, c):
   """Splits arrays of n rows into blocks, the last filled up with zeros."""
   count = -(-n // max(_MIN_ROWS, _BLOCK_ENTRIES // c))
   size = -(-n // count)
-  fill = lambda x: jnp.pad(
-      x, [(0, count * size - n)] + [(0, 0)] * (x.ndim - 1)
-  )
+  fill = lambda x: jnp.pad(x, [(0, count * size - n)] + [(0, 0)] * (x.ndim - 1))
   return [fill(x).reshape(count, size, *x.shape[1:]) for x in xs]
 
 
