@@ -33,7 +33,8 @@ def lars(
     :func:`optax.lars` takes :math:`\gamma_t` into the momentum, as the paper
     does: :math:`m_{t+1} = \mu m_t + \gamma_t \eta \dots`. The two agree for a
     constant rate only; under a schedule, steps taken at an old rate go on at
-    that rate there and at the present one here.
+    that rate there and at the present one here. The paper also divides by
+    :math:`\|g_t\|_2 + \lambda \|w_t\|_2`, both codes by :math:`\|u_t\|_2`.
 
   Args:
     learning_rate: :math:`\gamma_t`, a positive number or a schedule of them.
