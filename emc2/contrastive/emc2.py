@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from emc2.contrastive import estimator
 from emc2.kernels import metropolis
+from emc2.kernels.metropolis import reference
 
 OUT_OF_BATCH = ('reencode', 'drop', 'cached')
 PROPOSALS = ('batch', 'uniform', 'resample')
@@ -34,7 +35,7 @@ class Info(NamedTuple):
 
   loss: jax.Array  # (), float32: beta times mean (negative - positive) score.
   acceptance_rate: jax.Array  # (): of the proposals in the retained steps.
-  stay: jax.Array  # (): share of the retained steps at the incoming states.
+  stay: jax.Array  # (): share of the retained steps at the states of old.
   overflow: jax.Array  # (): share of chains whose state found no room.
 
 
@@ -83,13 +84,13 @@ class _Walk(NamedTuple):
 
 
 def init(
-    key: jax.Array,
-    params: Any,
-    *,
-    num_samples: int,
-    num_views: int | None = None,
-    keep_logit: bool = False,
-    embedding_size: int | None = None,
+  key: jax.Array,
+  params: Any,
+  *,
+  num_samples: int,
+  num_views: int | None = None,
+  keep_logit: bool = False,
+  embedding_size: int | None = None,
 ) -> Memory:
   """Makes chains that have no state yet.
 
@@ -111,20 +112,20 @@ def init(
   if embedding_size is not None:
     embedding = jnp.zeros((*shape, embedding_size), jnp.float32)
   return Memory(
-      index=jnp.full(shape, -1, jnp.int32),
-      view=jnp.zeros(shape, jnp.uint32),
-      logit=logit,
-      embedding=embedding,
+    index=jnp.full(shape, -1, jnp.int32),
+    view=jnp.zeros(shape, jnp.uint32),
+    logit=logit,
+    embedding=embedding,
   )
 
 
 def surrogate(
-    key: jax.Array,
-    memory: Memory,
-    params: Any,
-    batch: estimator.Batch,
-    embed_fn: estimator.EmbedFn,
-    settings: Settings,
+  key: jax.Array,
+  memory: Memory,
+  params: Any,
+  batch: estimator.Batch,
+  embed_fn: estimator.EmbedFn,
+  settings: Settings,
 ) -> tuple[jax.Array, tuple[Memory, Info]]:
   r"""The function whose gradient is the EMC² estimate; moves the chains.
 
@@ -149,7 +150,7 @@ def surrogate(
   visit = _start_visit(memory, params, batch, embed_fn, settings)
   walks = {'batch': _walk, 'uniform': _walk_uniform, 'resample': _resample}
   walk = walks[settings.proposals](
-      key, memory, params, batch, embed_fn, settings, visit
+    key, memory, params, batch, embed_fn, settings, visit
   )
   num_columns = visit.views.columns.shape[0]
   alignment = jnp.sum(estimator.positives(visit.views.rows))
@@ -161,12 +162,12 @@ def surrogate(
 
 
 def pending(
-    key: jax.Array,
-    memory: Memory,
-    params: Any,
-    batch: estimator.Batch,
-    embed_fn: estimator.EmbedFn,
-    settings: Settings,
+  key: jax.Array,
+  memory: Memory,
+  params: Any,
+  batch: estimator.Batch,
+  embed_fn: estimator.EmbedFn,
+  settings: Settings,
 ) -> jax.Array:
   """The samples of the incoming states, each sample's together; see Estimator.
 
@@ -199,18 +200,18 @@ def pending(
 
 
 def emc2(
-    num_samples: int,
-    *,
-    inverse_temperature: float,
-    burn_in: float = 0.0,
-    num_views: int | None = None,
-    out_of_batch: str = 'reencode',
-    capacity: int | None = None,
-    proposals: str = 'batch',
-    embedding_size: int | None = None,
-    released: bool = False,
-    axis_name: str | None = None,
-    implementation: str = 'auto',
+  num_samples: int,
+  *,
+  inverse_temperature: float,
+  burn_in: float = 0.0,
+  num_views: int | None = None,
+  out_of_batch: str = 'reencode',
+  capacity: int | None = None,
+  proposals: str = 'batch',
+  embedding_size: int | None = None,
+  released: bool = False,
+  axis_name: str | None = None,
+  implementation: str = 'auto',
 ) -> estimator.Estimator:
   """EMC²: MCMC negative sampling, 8 bytes a chain.
 
@@ -274,58 +275,60 @@ def emc2(
     raise ValueError(f'num_views must be None or at least 2, got {num_views}.')
   if out_of_batch not in OUT_OF_BATCH:
     raise ValueError(
-        f'out_of_batch must be one of {OUT_OF_BATCH}, got {out_of_batch!r}.'
+      f'out_of_batch must be one of {OUT_OF_BATCH}, got {out_of_batch!r}.'
     )
   if proposals not in PROPOSALS:
-    raise ValueError(f'proposals must be one of {PROPOSALS}, got {proposals!r}.')
+    raise ValueError(
+      f'proposals must be one of {PROPOSALS}, got {proposals!r}.'
+    )
   if (embedding_size is not None) != (out_of_batch == 'cached'):
     raise ValueError(
-        "embedding_size goes with out_of_batch='cached' and with nothing else, "
-        f'got {embedding_size=}, {out_of_batch=}.'
+      "embedding_size goes with out_of_batch='cached' and with nothing else, "
+      f'got {embedding_size=}, {out_of_batch=}.'
     )
   if capacity is not None and capacity < 1:
     raise ValueError(f'capacity must be None or at least 1, got {capacity}.')
   plain = out_of_batch == 'reencode' and proposals == 'batch' and not released
   if capacity is not None and not plain:
     raise ValueError(
-        "capacity goes with out_of_batch='reencode' and proposals='batch', got "
-        f'{out_of_batch=}, {proposals=}, {released=}.'
+      "capacity goes with out_of_batch='reencode' and proposals='batch', got "
+      f'{out_of_batch=}, {proposals=}, {released=}.'
     )
   if proposals != 'batch' and (out_of_batch != 'reencode' or released):
     raise ValueError(
-        f"proposals={proposals!r} goes with out_of_batch='reencode', got "
-        f'{out_of_batch=}, {released=}.'
+      f"proposals={proposals!r} goes with out_of_batch='reencode', got "
+      f'{out_of_batch=}, {released=}.'
     )
   if proposals == 'resample' and burn_in:
     raise ValueError(
-        f"burn_in must be 0 with proposals='resample', got {burn_in}."
+      f"burn_in must be 0 with proposals='resample', got {burn_in}."
     )
   if released and out_of_batch != 'reencode':
     raise ValueError(
-        f"released goes with out_of_batch='reencode', got {out_of_batch!r}."
+      f"released goes with out_of_batch='reencode', got {out_of_batch!r}."
     )
   settings = Settings(
-      num_samples=num_samples,
-      inverse_temperature=inverse_temperature,
-      burn_in=burn_in,
-      num_views=num_views,
-      out_of_batch=out_of_batch,
-      capacity=capacity,
-      proposals=proposals,
-      released=released,
-      axis_name=axis_name,
-      implementation=implementation,
+    num_samples=num_samples,
+    inverse_temperature=inverse_temperature,
+    burn_in=burn_in,
+    num_views=num_views,
+    out_of_batch=out_of_batch,
+    capacity=capacity,
+    proposals=proposals,
+    released=released,
+    axis_name=axis_name,
+    implementation=implementation,
   )
   keep_logit = released or out_of_batch == 'drop'
 
   def init_fn(key, params):
     return init(
-        key,
-        params,
-        num_samples=num_samples,
-        num_views=num_views,
-        keep_logit=keep_logit,
-        embedding_size=embedding_size,
+      key,
+      params,
+      num_samples=num_samples,
+      num_views=num_views,
+      keep_logit=keep_logit,
+      embedding_size=embedding_size,
     )
 
   def surrogate_fn(key, memory, params, batch, embed_fn):
@@ -338,10 +341,10 @@ def emc2(
     del mesh
     spec = jax.sharding.PartitionSpec()
     return Memory(
-        index=spec,
-        view=spec,
-        logit=spec if keep_logit else None,
-        embedding=None if embedding_size is None else spec,
+      index=spec,
+      view=spec,
+      logit=spec if keep_logit else None,
+      embedding=None if embedding_size is None else spec,
     )
 
   return estimator.Estimator(init_fn, surrogate_fn, pending_fn, shardings)
@@ -364,13 +367,13 @@ def _start_visit(memory, params, batch, embed_fn, settings):
   if settings.num_views is None:
     legs = (slice(0, size), slice(size, 2 * size))
   return _Visit(
-      views=views,
-      index=batch.index,
-      view=batch.view.reshape(-1),
-      slots=slots,
-      state_index=memory.index[slots],
-      state_view=memory.view[slots],
-      legs=legs,
+    views=views,
+    index=batch.index,
+    view=batch.view.reshape(-1),
+    slots=slots,
+    state_index=memory.index[slots],
+    state_view=memory.view[slots],
+    legs=legs,
   )
 
 
@@ -388,7 +391,9 @@ def _embed_states(params, batch, embed_fn, visit, chosen=None, view=None):
   own = visit.slots[0]
   has = visit.state_index >= 0
   index = jnp.where(has, visit.state_index, own)
-  view = jnp.where(has, visit.state_view if view is None else view, jnp.uint32(0))
+  view = jnp.where(
+    has, visit.state_view if view is None else view, jnp.uint32(0)
+  )
   if chosen is not None:
     index, view = index[chosen], view[chosen]
   return embed_fn(params, batch.data, index, view)
@@ -396,8 +401,7 @@ def _embed_states(params, batch, embed_fn, visit, chosen=None, view=None):
 
 def _scores(rows, others, settings):
   """The logits of rows (n, d) with their own other (n, d)."""
-  inner = jnp.sum(rows * others, axis=-1, dtype=jnp.float32)
-  return settings.inverse_temperature * inner
+  return settings.inverse_temperature * estimator.inner(rows, others)
 
 
 def _sample(key, visit, leg, start, settings):
@@ -405,15 +409,15 @@ def _sample(key, visit, leg, start, settings):
   num_steps = visit.views.columns.shape[0] - 2
   discard = math.floor(settings.burn_in * num_steps)
   return metropolis.metropolis(
-      jax.random.bits(key, (2,), jnp.uint32),
-      jax.lax.stop_gradient(visit.views.rows[leg]),
-      jax.lax.stop_gradient(visit.views.columns),
-      visit.views.position[leg],
-      start,
-      inverse_temperature=settings.inverse_temperature,
-      discard=discard + settings.released,
-      own_steps=settings.released and settings.num_views is None,
-      implementation=settings.implementation,
+    jax.random.bits(key, (2,), jnp.uint32),
+    jax.lax.stop_gradient(visit.views.rows[leg]),
+    jax.lax.stop_gradient(visit.views.columns),
+    visit.views.position[leg],
+    start,
+    inverse_temperature=settings.inverse_temperature,
+    discard=discard + settings.released,
+    own_steps=settings.released and settings.num_views is None,
+    implementation=settings.implementation,
   )
 
 
@@ -423,15 +427,15 @@ def _incoming(key, memory, params, batch, embed_fn, settings, visit):
   if settings.released and settings.num_views is None:
     plain = jnp.full_like(visit.state_view, estimator.PLAIN_VIEW)
     states = _embed_states(params, batch, embed_fn, visit, view=plain)
-    return states, has, jnp.zeros([])
+    return states, has, jnp.float32(0)
   if settings.released or settings.out_of_batch == 'drop':
-    return jnp.zeros_like(visit.views.rows[: has.size]), has, jnp.zeros([])
+    return jnp.zeros_like(visit.views.rows[: has.size]), has, jnp.float32(0)
   if settings.out_of_batch == 'cached':
     cached = memory.embedding[visit.slots].astype(visit.views.rows.dtype)
-    return cached, has, jnp.zeros([])
+    return cached, has, jnp.float32(0)
   if settings.capacity is None or settings.capacity >= has.size:
     states = _embed_states(params, batch, embed_fn, visit)
-    return states, has, jnp.zeros([])
+    return states, has, jnp.float32(0)
   # A state matters only if its logit, at most beta, reaches the peak.
   none = jnp.full(has.shape, -jnp.inf, jnp.float32)
   peak = _sample(key, visit, visit.legs[0], none, settings).peak
@@ -454,7 +458,7 @@ def _walk(key, memory, params, batch, embed_fn, settings, visit):
   discard = math.floor(settings.burn_in * num_steps)
   retained = num_steps - discard
   states, has, overflow = _incoming(
-      key, memory, params, batch, embed_fn, settings, visit
+    key, memory, params, batch, embed_fn, settings, visit
   )
   stale = settings.released or settings.out_of_batch == 'drop'
   logit = memory.logit[visit.slots] if stale else None
@@ -485,7 +489,8 @@ def _walk(key, memory, params, batch, embed_fn, settings, visit):
     negatives += constant(stay_weight)[:, None] * current
     value += jnp.sum(_scores(rows, negatives, settings))
     accepted += jnp.mean(draws.accepted, dtype=jnp.float32) / retained
-    stay += jnp.mean(draws.stay, dtype=jnp.float32) / retained
+    outside = jnp.where(inside, 0, draws.stay)
+    stay += jnp.mean(outside, dtype=jnp.float32) / retained
     logit = draws.last_logit
     last = jnp.where(draws.last >= 0, draws.last, last)
   index, view = _batch_ids(batch, settings)
@@ -493,14 +498,14 @@ def _walk(key, memory, params, batch, embed_fn, settings, visit):
   # A state that found no room is forgotten even if nothing replaced it.
   kept = jnp.where(has, visit.state_index, -1)
   return _Walk(
-      value=value,
-      state_index=jnp.where(moved, index[last], kept),
-      state_view=jnp.where(moved, view[last], visit.state_view),
-      logit=logit,
-      last=last,
-      accepted=accepted / len(visit.legs),
-      stay=stay / len(visit.legs),
-      overflow=overflow,
+    value=value,
+    state_index=jnp.where(moved, index[last], kept),
+    state_view=jnp.where(moved, view[last], visit.state_view),
+    logit=logit,
+    last=last,
+    accepted=accepted / len(visit.legs),
+    stay=stay / len(visit.legs),
+    overflow=overflow,
   )
 
 
@@ -525,9 +530,23 @@ def _draw_uniform(key, index, position, num_steps, settings):
   return jax.vmap(draw)(_row_keys(key, position), index)
 
 
-def _walk_uniform(
-    key, memory, params, batch, embed_fn, settings, visit
-):
+def _walk_given(logits, heights, start, discard):
+  """Accepted steps and retained holding times, each (num_steps, n)."""
+  num_steps = logits.shape[0]
+  scan = jax.lax.associative_scan
+  high, held = scan(reference.combine, (heights, logits))
+  after = jnp.where(start[None, :] < high, held, start[None, :])
+  accept = jnp.concatenate([start[None, :], after[:-1]]) < heights
+  step = jnp.arange(num_steps, dtype=jnp.int32)[:, None]
+  ahead = jnp.where(accept, step, num_steps)
+  ahead = jax.lax.cummin(ahead, axis=0, reverse=True)
+  end = jnp.full_like(ahead[:1], num_steps)
+  following = jnp.concatenate([ahead[1:], end])
+  times = reference.dwell(step, following, discard)
+  return accept, jnp.where(accept, times, 0)
+
+
+def _walk_uniform(key, memory, params, batch, embed_fn, settings, visit):
   """Proposes samples drawn independently from the whole data set."""
   del memory
   constant = jax.lax.stop_gradient
@@ -536,6 +555,7 @@ def _walk_uniform(
   retained = num_steps - discard
   states = _embed_states(params, batch, embed_fn, visit)
   has = visit.state_index >= 0
+  old = jnp.ones_like(has)
   state_index, state_view = visit.state_index, visit.state_view
   value, accepted, stay = 0.0, 0.0, 0.0
   for leg in visit.legs:
@@ -551,17 +571,16 @@ def _walk_uniform(
     heights = logits - jnp.log1p(-uniform(acceptance_keys)).T
     start = constant(_scores(rows, states, settings))
     start = jnp.where(has, start, -jnp.inf)
-    steps = jnp.arange(num_steps, dtype=jnp.int32)[:, None]
-    walked = metropolis.walk(logits, heights, start)
-    held = metropolis.holding_times(walked, steps, discard, num_steps)
+    step = jnp.arange(num_steps, dtype=jnp.int32)[:, None]
+    accept, held = _walk_given(logits, heights, start, discard)
     weights = held.T.astype(rows.dtype) * (1 / retained)
     left = 1 - jnp.sum(weights, axis=1)
     negatives = jnp.einsum('at,atd->ad', constant(weights), proposed)
     negatives += constant(left)[:, None] * states
     value += jnp.sum(_scores(rows, negatives, settings))
-    accepted += jnp.mean(walked[discard:], dtype=jnp.float32)
-    stay += jnp.mean(left, dtype=jnp.float32)
-    last = jnp.max(jnp.where(walked, steps, -1), axis=0)
+    accepted += jnp.mean(accept[discard:], dtype=jnp.float32)
+    stay += jnp.mean(jnp.where(old, left, 0), dtype=jnp.float32)
+    last = jnp.max(jnp.where(accept, step, -1), axis=0)
     moved = last >= 0
     pick = lambda x: jnp.take_along_axis(x, last[:, None], axis=1)[:, 0]
     state_index = jnp.where(moved, pick(index), state_index)
@@ -569,15 +588,16 @@ def _walk_uniform(
     reached = jnp.take_along_axis(proposed, last[:, None, None], axis=1)[:, 0]
     states = jnp.where(moved[:, None], reached, states)
     has |= moved
+    old &= ~moved
   return _Walk(
-      value=value,
-      state_index=state_index,
-      state_view=state_view,
-      logit=None,
-      last=None,
-      accepted=accepted / len(visit.legs),
-      stay=stay / len(visit.legs),
-      overflow=jnp.zeros([]),
+    value=value,
+    state_index=state_index,
+    state_view=state_view,
+    logit=None,
+    last=None,
+    accepted=accepted / len(visit.legs),
+    stay=stay / len(visit.legs),
+    overflow=jnp.float32(0),
   )
 
 
@@ -599,10 +619,12 @@ def _resample(key, memory, params, batch, embed_fn, settings, visit):
     draw = lambda k: jax.random.randint(k, (), 1, settings.num_views)
     step = jax.vmap(draw)(partner_keys).astype(jnp.uint32)
     partner = (visit.state_view + step) % jnp.uint32(settings.num_views)
-  pair = jnp.stack([
+  pair = jnp.stack(
+    [
       _embed_states(params, batch, embed_fn, visit),
       _embed_states(params, batch, embed_fn, visit, view=partner),
-  ])
+    ]
+  )
   index, view = _batch_ids(batch, settings)
   state_view = visit.state_view
   last = jnp.full(has.shape, -1, jnp.int32)
@@ -623,7 +645,8 @@ def _resample(key, memory, params, batch, embed_fn, settings, visit):
     total = jax.nn.logsumexp(logits, axis=1)
     value += jnp.sum(total)
     gumbel_keys = _row_keys(jax.random.fold_in(key, 1), position)
-    gumbel = jax.vmap(lambda k: jax.random.gumbel(k, (num_columns + 2,)))
+    shape, dtype = (num_columns + 2,), logits.dtype
+    gumbel = jax.vmap(lambda k: jax.random.gumbel(k, shape, dtype))
     choice = jnp.argmax(logits + gumbel(gumbel_keys), axis=1).astype(jnp.int32)
     swapped = choice == num_columns + 1
     current = jnp.where(outside, num_columns, last)
@@ -636,14 +659,14 @@ def _resample(key, memory, params, batch, embed_fn, settings, visit):
     last = jnp.where(choice < num_columns, choice, last)
   moved = last >= 0
   return _Walk(
-      value=value,
-      state_index=jnp.where(moved, index[last], visit.state_index),
-      state_view=jnp.where(moved, view[last], state_view),
-      logit=None,
-      last=last,
-      accepted=accepted / len(visit.legs),
-      stay=stay / len(visit.legs),
-      overflow=jnp.zeros([]),
+    value=value,
+    state_index=jnp.where(moved, index[last], visit.state_index),
+    state_view=jnp.where(moved, view[last], state_view),
+    logit=None,
+    last=last,
+    accepted=accepted / len(visit.legs),
+    stay=stay / len(visit.legs),
+    overflow=jnp.float32(0),
   )
 
 
@@ -659,7 +682,7 @@ def _write_back(memory, batch, visit, walk, settings):
   message = jnp.stack([as_bits(x).reshape(-1, size) for x in fields])
   if settings.axis_name is not None:
     message = jax.lax.all_gather(
-        message, settings.axis_name, axis=2, tiled=True
+      message, settings.axis_name, axis=2, tiled=True
     )
   message = message.reshape(len(fields), -1)
   as_int = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
@@ -675,8 +698,8 @@ def _write_back(memory, batch, visit, walk, settings):
     kept = jnp.where((last >= 0)[:, None], columns, embedding[slots])
     embedding = embedding.at[slots].set(kept)
   return Memory(
-      index=memory.index.at[slots].set(as_int(message[2])),
-      view=memory.view.at[slots].set(message[3]),
-      logit=logit,
-      embedding=embedding,
+    index=memory.index.at[slots].set(as_int(message[2])),
+    view=memory.view.at[slots].set(message[3]),
+    logit=logit,
+    embedding=embedding,
   )

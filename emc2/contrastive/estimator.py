@@ -24,7 +24,7 @@ class EmbedFn(Protocol):
   """Embeds views of samples; `data` is whatever it reads them from."""
 
   def __call__(
-      self, params: Any, data: Any, index: jax.Array, view: jax.Array
+    self, params: Any, data: Any, index: jax.Array, view: jax.Array
   ) -> jax.Array:
     """Maps index (n,) int32 and view (n,) uint32 to unit rows (n, d)."""
 
@@ -84,7 +84,7 @@ class Views(NamedTuple):
 
 
 def embed_batch(
-    params: Any, batch: Batch, embed_fn: EmbedFn, axis_name: str | None = None
+  params: Any, batch: Batch, embed_fn: EmbedFn, axis_name: str | None = None
 ) -> Views:
   """Embeds both views of a batch and gathers them along the mesh axis.
 
@@ -112,10 +112,17 @@ def embed_batch(
   return Views(rows=rows, columns=columns, position=position)
 
 
+def inner(rows: jax.Array, others: jax.Array) -> jax.Array:
+  """Inner products along the last axis, in float32 at least."""
+  wide = jnp.finfo(rows.dtype).bits >= 32
+  dtype = rows.dtype if wide else jnp.float32
+  return jnp.sum(rows * others, axis=-1, dtype=dtype)
+
+
 def positives(rows: jax.Array) -> jax.Array:
   """The similarity of each row (2b, d) with the other view of its sample."""
   half = rows.shape[0] // 2
-  similarity = jnp.sum(rows[:half] * rows[half:], axis=-1, dtype=jnp.float32)
+  similarity = inner(rows[:half], rows[half:])
   return jnp.concatenate([similarity, similarity])
 
 
@@ -137,7 +144,7 @@ def mean(values: Any, axis_name: str | None) -> Any:
 
 
 def draw_views(
-    key: jax.Array, batch_size: int, num_views: int | None = None
+  key: jax.Array, batch_size: int, num_views: int | None = None
 ) -> jax.Array:
   """Draws the two views of each sample of a batch.
 
@@ -166,7 +173,7 @@ def draw_views(
 
 
 def check_batch(
-    index: Any, num_samples: int, view: Any = None, num_views: int | None = None
+  index: Any, num_samples: int, view: Any = None, num_views: int | None = None
 ) -> None:
   """Refuses on the host what a jitted step would silently clamp or mix up.
 
@@ -184,31 +191,31 @@ def check_batch(
   index = np.asarray(index)
   if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
     raise ValueError(
-        'index must be a vector of integers, got shape '
-        f'{index.shape} and dtype {index.dtype}.'
+      'index must be a vector of integers, got shape '
+      f'{index.shape} and dtype {index.dtype}.'
     )
   if index.size < 2:
     raise ValueError(
-        'a batch must hold at least 2 samples, or nothing is a negative; got '
-        f'{index.size}.'
+      'a batch must hold at least 2 samples, or nothing is a negative; got '
+      f'{index.size}.'
     )
   outside = index[(index < 0) | (index >= num_samples)]
   if outside.size:
     raise ValueError(
-        f'index must lie in [0, {num_samples}), got {int(outside[0])}.'
+      f'index must lie in [0, {num_samples}), got {int(outside[0])}.'
     )
   values, times = np.unique(index, return_counts=True)
   if times.max() > 1:
     raise ValueError(
-        'the samples of a batch must be distinct, got '
-        f'{int(values[times.argmax()])} {int(times.max())} times.'
+      'the samples of a batch must be distinct, got '
+      f'{int(values[times.argmax()])} {int(times.max())} times.'
     )
   if view is None:
     return
   view = np.asarray(view)
   if view.shape[:1] != (2,):
     raise NotImplementedError(
-        f'a batch has exactly two views of each sample, got shape {view.shape}.'
+      f'a batch has exactly two views of each sample, got shape {view.shape}.'
     )
   if view.shape != (2, index.size):
     raise ValueError(f'view must be (2, {index.size}), got {view.shape}.')
@@ -229,7 +236,7 @@ def check_size(num_samples: int) -> None:
 
 
 def nothing_pending(
-    key: jax.Array, memory: Any, params: Any, batch: Batch, embed_fn: EmbedFn
+  key: jax.Array, memory: Any, params: Any, batch: Batch, embed_fn: EmbedFn
 ) -> jax.Array:
   """The `pending` of a method that embeds nothing but its batch."""
   del key, memory, params, batch, embed_fn
@@ -237,12 +244,12 @@ def nothing_pending(
 
 
 def algorithm(
-    estimator: Estimator,
-    embed_fn: EmbedFn,
-    tx: Any,
-    *,
-    mesh: jax.sharding.Mesh | None = None,
-    data_specs: Any = None,
+  estimator: Estimator,
+  embed_fn: EmbedFn,
+  tx: Any,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  data_specs: Any = None,
 ) -> algorithm_lib.Algorithm:
   """Trains an encoder by any contrastive method and any optimiser.
 
@@ -265,22 +272,22 @@ def algorithm(
 
   def init(key, params):
     return State(
-        params=params,
-        opt_state=tx.init(params),
-        memory=estimator.init(key, params),
-        count=jnp.zeros([], jnp.int32),
+      params=params,
+      opt_state=tx.init(params),
+      memory=estimator.init(key, params),
+      count=jnp.zeros([], jnp.int32),
     )
 
   def step(key, state, batch):
     grad_fn = jax.value_and_grad(surrogate, argnums=2, has_aux=True)
     (value, (memory, info)), grads = grad_fn(
-        key, state.memory, state.params, batch, embed_fn
+      key, state.memory, state.params, batch, embed_fn
     )
     updates, opt_state = tx.update(
-        grads, state.opt_state, state.params, value=value
+      grads, state.opt_state, state.params, value=value
     )
     params = jax.tree.map(
-        lambda p, u: (p + u).astype(p.dtype), state.params, updates
+      lambda p, u: (p + u).astype(p.dtype), state.params, updates
     )
     new_state = State(params, opt_state, memory, state.count + 1)
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
@@ -290,7 +297,7 @@ def algorithm(
 
 
 def shard_surrogate(
-    estimator: Estimator, mesh: jax.sharding.Mesh, data_specs: Any = None
+  estimator: Estimator, mesh: jax.sharding.Mesh, data_specs: Any = None
 ) -> Callable[..., tuple[jax.Array, tuple[Any, Any]]]:
   """Splits the surrogate of an estimator over the axis `data` of a mesh.
 
@@ -304,9 +311,9 @@ def shard_surrogate(
   """
   spec = jax.sharding.PartitionSpec
   batch_specs = Batch(
-      index=spec(mesh_lib.DATA),
-      view=spec(None, mesh_lib.DATA),
-      data=spec() if data_specs is None else data_specs,
+    index=spec(mesh_lib.DATA),
+    view=spec(None, mesh_lib.DATA),
+    data=spec() if data_specs is None else data_specs,
   )
   memory_specs = estimator.shardings(mesh)
 
@@ -318,11 +325,11 @@ def shard_surrogate(
     # The memory is the same everywhere because it is made from gathered
     # values, which the check of replication cannot see.
     return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(spec(), memory_specs, spec(), batch_specs),
-        out_specs=(spec(), (memory_specs, spec())),
-        check_vma=False,
+      local,
+      mesh=mesh,
+      in_specs=(spec(), memory_specs, spec(), batch_specs),
+      out_specs=(spec(), (memory_specs, spec())),
+      check_vma=False,
     )(key, memory, params, batch)
 
   return surrogate

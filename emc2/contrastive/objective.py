@@ -17,10 +17,10 @@ from emc2.contrastive import estimator
 
 
 def global_loss(
-    embeddings: jax.Array,
-    *,
-    inverse_temperature: jax.typing.ArrayLike,
-    block_size: int = 1024,
+  embeddings: jax.Array,
+  *,
+  inverse_temperature: jax.typing.ArrayLike,
+  block_size: int = 1024,
 ) -> jax.Array:
   r"""The global contrastive loss of embedded views.
 
@@ -52,8 +52,8 @@ def global_loss(
   """
   if embeddings.ndim != 3 or embeddings.shape[0] < 2 or embeddings.shape[1] < 2:
     raise ValueError(
-        'embeddings must be (m, A, d) with m, A >= 2, got shape '
-        f'{embeddings.shape}.'
+      'embeddings must be (m, A, d) with m, A >= 2, got shape '
+      f'{embeddings.shape}.'
     )
   num_samples, num_views, size = embeddings.shape
   beta = jnp.asarray(inverse_temperature, embeddings.dtype)
@@ -80,21 +80,21 @@ def global_loss(
     return jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=1)
 
   blocks = (
-      anchors.reshape(num_blocks, block_size, size),
-      owners.reshape(num_blocks, block_size),
+    anchors.reshape(num_blocks, block_size, size),
+    owners.reshape(num_blocks, block_size),
   )
   normalizers = jax.lax.map(block, blocks).reshape(-1)[:total]
   return jnp.mean(normalizers) - beta * alignment
 
 
 def embed_all(
-    params: Any,
-    data: Any,
-    embed_fn: estimator.EmbedFn,
-    *,
-    num_samples: int,
-    views: jax.Array,
-    block_size: int = 1024,
+  params: Any,
+  data: Any,
+  embed_fn: estimator.EmbedFn,
+  *,
+  num_samples: int,
+  views: jax.Array,
+  block_size: int = 1024,
 ) -> jax.Array:
   """Embeds the same views of every sample.
 
@@ -121,5 +121,5 @@ def embed_all(
   block = jax.checkpoint(lambda pair: embed_fn(params, data, *pair))
   rows = jax.lax.map(block, (index, view))
   return rows.reshape(-1, rows.shape[-1])[:total].reshape(
-      num_samples, num_views, -1
+    num_samples, num_views, -1
   )
