@@ -48,7 +48,7 @@ class Checkpoints:
     if keep < 1:
       raise ValueError(f'keep must be at least 1, got {keep}.')
     self._directory = epath.Path(directory).resolve()
-    self._name = name
+    self._name, self._keep = name, keep
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
@@ -134,6 +134,9 @@ class Checkpoints:
         damage[step] = error
         continue
       self._set_aside(damage)
+      # Saving removes the oldest; a kill may have left half of one behind.
+      for old in self.steps()[: -self._keep]:
+        self._manager.delete(old)
       return Restored(step, tree, page['extra'])
     if damage:
       raise ValueError(

@@ -117,7 +117,9 @@ def launch(config: Any, run: Run) -> NoReturn:
       _fail(f'unexpected arguments: {argv[1:]}.')
     try:
       mesh.start(coordinator.value, num_processes.value, process_id.value)
-      start(chosen.value, run, workdir.value)
+      results = start(chosen.value, run, workdir.value)
+      for name, x in results.items() if jax.process_index() == 0 else ():
+        print(f'{name} = {x:.6g}')
     except KeyboardInterrupt:
       sys.exit(128 + signal.SIGINT)
     except (
@@ -220,10 +222,12 @@ def train(
   )
   workdir = epath.Path(workdir).expanduser().resolve()
   source = feed.Feed(batches, batch_sharding)
-  state, key, number = _own((state, key, jnp.zeros([], jnp.int32)))
+  devices = _mesh_of((state, key))
+  state, key = _own((state, key), devices)
   source.check_placed(state)
   done, clock = 0, _Clock()
   with contextlib.ExitStack() as stack:
+    signals = stack.enter_context(_caught_signals())
     saved = checkpoint.Checkpoints(
       workdir / 'checkpoints', keep=keep, name=name
     )
@@ -243,13 +247,12 @@ def train(
 
     log = _Log(workdir, name, done, num_steps, log_every, saved, restored)
     stack.callback(log.close)
-    signals = stack.enter_context(_caught_signals())
     if evaluate is not None and done == 0:
       log.write(0, evaluate(state))
+    # Steps done, and the first that went wrong or -1; the device counts.
+    progress = _own((jnp.int32(done), jnp.int32(-1)), devices)
     stack.enter_context(jax.transfer_guard('disallow'))
-    call = _compile(step_fn, state)
-    number = jax.device_put(np.int32(done), number.sharding)
-    progress = (number, jax.device_put(np.int32(-1), number.sharding))
+    call = _compile(step_fn, state, devices)
     ahead = collections.deque()
     lengths = set()
 
@@ -318,12 +321,7 @@ def save_figure(figure: Any, path: epath.PathLike, *, dpi: int = 150) -> None:
     path: Ends in `.png`, `.pdf` or `.svg`.
     dpi: Dots per inch of pixels.
   """
-  # Only now: Matplotlib takes a second to import, and most runs draw last.
-  from matplotlib.backends import backend_agg
-
   path = epath.Path(path)
-  if figure.canvas is None:
-    backend_agg.FigureCanvasAgg(figure)
   if jax.process_index() == 0:
     draft = path.with_name(f'.{path.name}.draft')
     figure.savefig(draft, format=path.suffix[1:], dpi=dpi)
@@ -428,7 +426,9 @@ class _Clock:
     return {'seconds_per_step': mean, 'timed_steps': self._steps}
 
 
-def _compile(step_fn: Callable, state: Any) -> Callable:
+def _compile(
+  step_fn: Callable, state: Any, devices: jax.sharding.Mesh | None
+) -> Callable:
   """The jitted call of many steps; donates the state and keeps its placing."""
 
   def one(key, carry, numbered):
@@ -451,26 +451,36 @@ def _compile(step_fn: Callable, state: Any) -> Callable:
     )
     return state, (number + length, first_bad), infos
 
-  placing = jax.tree.map(lambda x: x.sharding, state)
+  placing, shared = jax.tree.map(lambda x: x.sharding, state), None
+  if devices is not None:  # Then each process can read what is logged.
+    shared = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
   return jax.jit(
     call,
     static_argnums=4,
     donate_argnums=0,
-    out_shardings=(placing, None, None),
+    out_shardings=(placing, shared, shared),
   )
 
 
-def _own(tree: Any) -> Any:
-  """Copies that may be donated: strong types, committed, on one mesh if any."""
-  leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-  shardings = [x.sharding for x in leaves if x.sharding.num_devices > 1]
+def _mesh_of(tree: Any) -> jax.sharding.Mesh | None:
+  """The mesh that some leaf is spread over, if one is."""
+  for x in jax.tree.leaves(tree):
+    if isinstance(x, jax.Array) and x.sharding.num_devices > 1:
+      return x.sharding.mesh
+  return None
+
+
+def _own(tree: Any, devices: jax.sharding.Mesh | None) -> Any:
+  """Copies that may be donated: strong types, committed, on the mesh if any."""
 
   def own(x):
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
       x = jax.lax.convert_element_type(x, x.dtype)
-    if shardings and x.sharding.num_devices == 1:
-      return mesh.place(x, shardings[0].mesh)
+    if devices is not None and x.sharding.num_devices == 1:
+      return mesh.place(x, devices)
+    if not x.is_fully_addressable:
+      return jnp.copy(x)
     return jax.device_put(x, x.sharding, may_alias=False)
 
   return jax.tree.map(own, tree)
@@ -494,12 +504,16 @@ def _caught_signals() -> Iterator[list[int]]:
 
   if threading.current_thread() is threading.main_thread():
     for signum in (signal.SIGTERM, signal.SIGINT):
-      before[signum] = signal.signal(signum, note) or signal.SIG_DFL
+      before[signum] = signal.getsignal(signum) or signal.SIG_DFL
+      signal.signal(signum, note)
   try:
     yield caught
   finally:
     for signum, handler in before.items():
       signal.signal(signum, handler)
+  signum = _agreed(caught, True)
+  if signum:
+    _stop(signum, 'Stopped when all was saved.')
 
 
 def _agreed(signals: Sequence[int], may_ask: bool) -> int:

@@ -7,6 +7,7 @@ that a run which forgets either ends elsewhere.
 import dataclasses
 import itertools
 import os
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from emc2 import mesh
 from emc2.experiments import runner
 
 
@@ -45,7 +47,10 @@ class Info(NamedTuple):
 
 
 class Batches:
-  """Rows of a random walk: each batch depends on all the ones before."""
+  """Rows of a random walk: each batch depends on all the ones before.
+
+  Of several processes each takes its own rows.
+  """
 
   def __init__(self, config: Config):
     self._config, self._at, self._walk = config, 0, 1
@@ -60,7 +65,8 @@ class Batches:
     x = rng.normal(size=(4, self._config.size)).astype(np.float32)
     y = x.sum(-1) + (np.nan if self._at == self._config.nan_at else 0)
     self._at += 1
-    return {'x': x, 'y': y.astype(np.float32)}
+    own = slice(jax.process_index(), None, jax.process_count())
+    return {'x': x[own], 'y': y[own].astype(np.float32)}
 
   def get_state(self) -> dict[str, Any]:
     return {'at': self._at, 'walk': self._walk}
@@ -97,10 +103,16 @@ def make_step(config: Config):
 
 
 def run(config: Config, workdir: epath.Path) -> dict[str, float]:
-  results = {}
+  results, batch_sharding = {}, None
+  place = lambda state: state
+  if jax.process_count() > 1:
+    devices = mesh.make(data=-1)
+    spec = jax.sharding.PartitionSpec(mesh.DATA)
+    batch_sharding = jax.sharding.NamedSharding(devices, spec)
+    place = lambda state: mesh.place(state, devices)
   for method in config.methods:
     state = runner.train(
-      init(config, method),
+      place(init(config, method)),
       make_step(config),
       Batches(config),
       key=jax.random.key(config.seed),
@@ -112,23 +124,31 @@ def run(config: Config, workdir: epath.Path) -> dict[str, float]:
       checkpoint_every=config.checkpoint_every,
       evaluate=lambda state: {'distance': jnp.sum((state.params - 1) ** 2)},
       evaluate_every=3 * config.checkpoint_every,
+      batch_sharding=batch_sharding,
     )
-    np.save(workdir / f'{method}.npy', state.params)
+    if jax.process_index() == 0:
+      np.save(workdir / f'{method}.npy', state.params)
     results[f'{method}.first'] = float(state.params[0])
   return results
 
 
-def signal_at(number: int, signum: int) -> None:
-  """Has the process signal itself before its given number of a file operation.
+def signal_at(number: int, signum: int, pattern: str = '') -> None:
+  """Has the process signal itself before one of its file operations.
 
-  Orbax makes, renames and removes folders in its threads, so that these numbers
+  Orbax makes, renames and removes folders in its threads, so that the numbers
   reach every moment of a save.
+
+  Args:
+    number: Which operation, from 1, among those whose path has the pattern.
+    signum: The signal.
+    pattern: Regular expression.
   """
   seen = itertools.count(1)
 
   def counting(operation):
     def counted(*args, **kwargs):
-      if next(seen) == number:
+      meant = any(re.search(pattern, str(arg)) for arg in args)
+      if meant and next(seen) == number:
         os.kill(os.getpid(), signum)
       return operation(*args, **kwargs)
 
@@ -140,5 +160,6 @@ def signal_at(number: int, signum: int) -> None:
 
 if __name__ == '__main__':
   if 'TOY_SIGNAL_AT' in os.environ:
-    signal_at(*map(int, os.environ['TOY_SIGNAL_AT'].split(',')))
+    at = os.environ['TOY_SIGNAL_AT'].split(',')
+    signal_at(int(at[0]), int(at[1]), *at[2:])
   runner.launch(Config(), run)
