@@ -102,8 +102,8 @@ def cosine_gamma(
     )
 
   def gamma(count):
-    epoch = jnp.minimum(count // steps_per_epoch, decay_epochs)
-    phase = epoch * (math.pi / decay_epochs)
+    epoch = jnp.minimum(jnp.asarray(count) // steps_per_epoch, decay_epochs)
+    phase = epoch.astype(jnp.float32) * (math.pi / decay_epochs)
     return minimum + (1 - minimum) * 0.5 * (1 + jnp.cos(phase))
 
   return gamma

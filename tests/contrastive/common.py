@@ -3,6 +3,8 @@
 Every oracle is NumPy in float64, written from the papers.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,9 +70,23 @@ def batch(index, num_views: int = 2, data=(), seed: int | None = None):
 
 def gradient(method, key, memory, params, batch, embed_fn=embed_table):
   """One evaluation: ((value, (memory, info)), gradient in params)."""
-  grad_fn = jax.value_and_grad(method.surrogate, argnums=2, has_aux=True)
-  grad_fn = jax.jit(grad_fn, static_argnums=4)
-  return grad_fn(key, memory, params, batch, embed_fn)
+  return _grad_fn(method.surrogate)(key, memory, params, batch, embed_fn)
+
+
+def forward(method, key, memory, params, batch, embed_fn=embed_table):
+  """One evaluation without its gradient: (value, (memory, info))."""
+  surrogate = _jit(method.surrogate)
+  return surrogate(key, memory, params, batch, embed_fn)
+
+
+@functools.cache
+def _grad_fn(surrogate):
+  return _jit(jax.value_and_grad(surrogate, argnums=2, has_aux=True))
+
+
+@functools.cache
+def _jit(surrogate):
+  return jax.jit(surrogate, static_argnums=4)
 
 
 def relative_error(got, want) -> float:
@@ -211,3 +227,50 @@ def count_collectives(method, params, one, embed_fn=embed_linear):
     for kind in kinds
     if (count := text.count(f'"stablehlo.{kind}"'))
   }
+
+
+def scan_table(method, views, batch_size, num_steps, collect, seed=0):
+  """Runs a method on random batches of fixed embeddings, in one scan.
+
+  Args:
+    method: An estimator for the m samples of `views`.
+    views: (m, A, d), the embeddings.
+    batch_size: B; batches are drawn without replacement, one by one anew.
+    num_steps: How many.
+    collect: `(gradient (m, A, d), memory, info) -> tree`, of each step.
+    seed: Of the draws.
+
+  Returns:
+    The mean gradient (m, A, d), and what was collected, stacked.
+  """
+  params = table(views)
+  num_samples, num_views, _ = views.shape
+  grad_fn = jax.grad(method.surrogate, argnums=2, has_aux=True)
+
+  def step(carry, number):
+    memory, total = carry
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    index_key, view_key, key = jax.random.split(key, 3)
+    index = jax.random.permutation(index_key, num_samples)[:batch_size]
+    view = estimator.draw_views(view_key, batch_size, num_views)
+    one = estimator.Batch(index.astype(jnp.int32), view)
+    grads, (memory, info) = grad_fn(key, memory, params, one, embed_table)
+    out = collect(grads['table'], memory, info)
+    return (memory, total + grads['table']), out
+
+  @jax.jit
+  def scan():
+    memory = method.init(jax.random.key(seed), params)
+    start = (memory, jnp.zeros_like(params['table']))
+    (_, total), out = jax.lax.scan(step, start, jnp.arange(num_steps))
+    return total / num_steps, out
+
+  return scan()
+
+
+def bias(method, views, beta, batch_size, visits, seed=0):
+  """Relative error of the mean gradient after `visits` of every sample."""
+  num_steps = visits * len(views) // batch_size
+  nothing = lambda *_: ()
+  mean, _ = scan_table(method, views, batch_size, num_steps, nothing, seed)
+  return relative_error(mean, numpy_global_gradient(views, beta))

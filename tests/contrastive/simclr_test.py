@@ -11,6 +11,8 @@ from emc2.contrastive.simclr import simclr
 
 from tests.contrastive import common
 
+KEY = jax.random.key(0)
+
 
 def _rows(views, index):
   """(2B, d): the first views of the batch, then the second."""
@@ -56,7 +58,7 @@ class SimclrTest(parameterized.TestCase):
       )
     (value, (_, info)), grads = common.gradient(
       method,
-      jax.random.key(0),
+      KEY,
       method.init(None, params),
       params,
       common.batch(index),
@@ -72,7 +74,7 @@ class SimclrTest(parameterized.TestCase):
     index = np.random.default_rng(0).permutation(9)[:size]
     method = simclr(inverse_temperature=5.0, decoupled=decoupled)
     (value, (_, info)), _ = common.gradient(
-      method, jax.random.key(0), (), common.table(views), common.batch(index)
+      method, KEY, (), common.table(views), common.batch(index)
     )
     want, probabilities = _numpy_losses(_rows(views, index), 5.0, decoupled)
     np.testing.assert_allclose(value, want.mean(), rtol=1e-5)
@@ -94,7 +96,7 @@ class SimclrTest(parameterized.TestCase):
     method = simclr(inverse_temperature=5.0)
     _, grads = common.gradient(
       method,
-      jax.random.key(0),
+      KEY,
       (),
       common.table(views),
       common.batch(np.arange(6)),
@@ -107,7 +109,7 @@ class SimclrTest(parameterized.TestCase):
     method = simclr(inverse_temperature=5.0, decoupled=True)
     _, grads = common.gradient(
       method,
-      jax.random.key(0),
+      KEY,
       (),
       common.table(views),
       common.batch(np.arange(20)),
@@ -119,12 +121,8 @@ class SimclrTest(parameterized.TestCase):
     views = common.clusters(20)
     method = simclr(inverse_temperature=5.0)
     index = np.random.default_rng(0).permutation(20)[:8]
-    value = lambda index: method.surrogate(
-      jax.random.key(0),
-      (),
-      common.table(views),
-      common.batch(index),
-      common.embed_table,
+    value = lambda index: common.forward(
+      method, KEY, (), common.table(views), common.batch(index)
     )[0]
     np.testing.assert_allclose(value(index), value(index[::-1]), rtol=1e-6)
 
@@ -132,7 +130,7 @@ class SimclrTest(parameterized.TestCase):
     method = simclr(inverse_temperature=200.0)
     (value, _), grads = common.gradient(
       method,
-      jax.random.key(0),
+      KEY,
       (),
       common.table(common.clusters(8)),
       common.batch(np.arange(8)),
@@ -142,8 +140,8 @@ class SimclrTest(parameterized.TestCase):
 
   def test_remembers_nothing(self):
     method = simclr(inverse_temperature=5.0)
-    self.assertEmpty(jax.tree.leaves(method.init(jax.random.key(0), {})))
-    pending = method.pending(jax.random.key(0), (), {}, None, None)
+    self.assertEmpty(jax.tree.leaves(method.init(KEY, {})))
+    pending = method.pending(KEY, (), {}, None, None)
     self.assertEqual(pending.shape, (0,))
 
   @parameterized.parameters(
@@ -161,7 +159,7 @@ class SimclrTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'at least 2'):
       common.gradient(
         method,
-        jax.random.key(0),
+        KEY,
         (),
         common.table(common.clusters(4)),
         common.batch([0]),
@@ -172,7 +170,7 @@ class SimclrTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'no such'):
       common.gradient(
         method,
-        jax.random.key(0),
+        KEY,
         (),
         common.table(common.clusters(4)),
         common.batch([0, 1]),
@@ -204,9 +202,7 @@ class BatchTest(parameterized.TestCase):
     index, view = np.array([2, 5, 9]), np.array([[3, 0, 1], [1, 2, 0]])
     batch = estimator.Batch(jnp.int32(index), jnp.uint32(view))
     method = simclr(inverse_temperature=5.0)
-    value, _ = method.surrogate(
-      jax.random.key(0), (), common.table(views), batch, common.embed_table
-    )
+    value, _ = common.forward(method, KEY, (), common.table(views), batch)
     rows = np.concatenate([views[index, view[0]], views[index, view[1]]])
     want = _numpy_losses(rows, 5.0, False)[0].mean()
     np.testing.assert_allclose(value, want, rtol=1e-5)
