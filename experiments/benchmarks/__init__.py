@@ -1,0 +1,1 @@
+"""What `python -m emc2.experiments.bench` measures, one file a subject."""
