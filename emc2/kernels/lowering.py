@@ -1,4 +1,4 @@
-"""Lowering for a chip that is not there."""
+"""Which chip a program is for, there or not."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,14 @@ import jax
 # How JAX names one chip of each platform; some operations ask while lowering.
 KINDS = {'cpu': 'cpu', 'cuda': 'NVIDIA H200', 'tpu': 'TPU v6 lite'}
 
+_HOPPER = ('H100', 'H200', 'H800', 'H20')
+
 
 def lower_for(
-    fn: Callable[..., object],
-    *specs: object,
-    platform: str,
-    kind: str | None = None,
+  fn: Callable[..., object],
+  *specs: object,
+  platform: str,
+  kind: str | None = None,
 ) -> jax.stages.Lowered:
   """Lowers `fn` for one chip of `platform` on a machine without one.
 
@@ -40,3 +42,20 @@ def lower_for(
   mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=chip)
   with jax.sharding.use_abstract_mesh(mesh):
     return jax.jit(fn).trace(*specs).lower(lowering_platforms=(platform,))
+
+
+def is_hopper() -> bool:
+  """Whether the program is for GPUs with Hopper's matrix instructions.
+
+  `jax.lax.platform_dependent` knows CUDA, but not its generations. The chip is
+  the one that the mesh in scope names, else that of the GPUs here.
+  """
+  chip = jax.sharding.get_abstract_mesh().abstract_device
+  if chip is not None:
+    named = any(name in chip.device_kind for name in _HOPPER)
+    return chip.platform in ('cuda', 'gpu') and named
+  try:
+    devices = jax.local_devices(backend='cuda')
+  except RuntimeError:
+    return False
+  return all(device.compute_capability == '9.0' for device in devices)

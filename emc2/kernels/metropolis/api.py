@@ -5,9 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from emc2.kernels.metropolis import pallas_gpu
-from emc2.kernels.metropolis import pallas_tpu
-from emc2.kernels.metropolis import reference
+from emc2.kernels import lowering
+from emc2.kernels.metropolis import pallas_gpu, pallas_tpu, reference
 
 IMPLEMENTATIONS = (
     'auto', 'xla', 'sequential', 'associative', 'pallas_tpu', 'pallas_gpu',
@@ -18,8 +17,8 @@ def _check(key, rows, columns, position, start, beta, discard, own_steps):
   """Raises ValueError for what no implementation could take."""
   if key.shape != (2,) or key.dtype != jnp.uint32:
     raise ValueError(
-        'key must be two uint32 words, as jax.random.key_data gives, got '
-        f'{key.dtype} of shape {key.shape}.'
+      'key must be two uint32 words, as jax.random.key_data gives, got '
+      f'{key.dtype} of shape {key.shape}.'
     )
   for name, array in (('rows', rows), ('columns', columns)):
     if array.ndim != 2 or 0 in array.shape:
@@ -29,46 +28,46 @@ def _check(key, rows, columns, position, start, beta, discard, own_steps):
   (n, d), (c, width) = rows.shape, columns.shape
   if d != width or rows.dtype != columns.dtype:
     raise ValueError(
-        'rows and columns must agree in width and dtype, got '
-        f'{rows.dtype}{rows.shape} and {columns.dtype}{columns.shape}.'
+      'rows and columns must agree in width and dtype, got '
+      f'{rows.dtype}{rows.shape} and {columns.dtype}{columns.shape}.'
     )
   if c % 2 or not 4 <= c <= 65534:
     raise ValueError(
-        'columns must be two views of at least two samples, an even number '
-        f'from 4 to 65534 (counts are uint16), got {c}.'
+      'columns must be two views of at least two samples, an even number '
+      f'from 4 to 65534 (counts are uint16), got {c}.'
     )
   if position.shape != (n,) or not jnp.issubdtype(position.dtype, jnp.integer):
     raise ValueError(
-        f'position must be {n} integers, got {position.dtype} of shape '
-        f'{position.shape}.'
+      f'position must be {n} integers, got {position.dtype} of shape '
+      f'{position.shape}.'
     )
   if not isinstance(position, jax.core.Tracer):
     low, high = int(jnp.min(position)), int(jnp.max(position))
     if low < 0 or high >= c:
       raise ValueError(
-          f'position must be in [0, {c}), the number of columns, got values '
-          f'from {low} to {high}.'
+        f'position must be in [0, {c}), the number of columns, got values '
+        f'from {low} to {high}.'
       )
   if start.shape != (n,) or not jnp.issubdtype(start.dtype, jnp.floating):
     raise ValueError(
-        f'start must be {n} floating logits, got {start.dtype} of shape '
-        f'{start.shape}.'
+      f'start must be {n} floating logits, got {start.dtype} of shape '
+      f'{start.shape}.'
     )
   if beta.shape or not jnp.issubdtype(beta.dtype, jnp.floating):
     raise ValueError(
-        'inverse_temperature must be a floating scalar, got '
-        f'{beta.dtype} of shape {beta.shape}.'
+      'inverse_temperature must be a floating scalar, got '
+      f'{beta.dtype} of shape {beta.shape}.'
     )
-  if not isinstance(beta, jax.core.Tracer):
-    if not (math.isfinite(float(beta)) and float(beta) > 0):
-      raise ValueError(
-          f'inverse_temperature must be finite and positive, got {beta}.'
-      )
+  known = not isinstance(beta, jax.core.Tracer)
+  if known and not (math.isfinite(float(beta)) and float(beta) > 0):
+    raise ValueError(
+      f'inverse_temperature must be finite and positive, got {beta}.'
+    )
   steps = c if own_steps else c - 2
   if not isinstance(discard, int) or not 0 <= discard < steps:
     raise ValueError(
-        f'discard must be an integer in [0, {steps}), the number of steps, '
-        f'got {discard!r}.'
+      f'discard must be an integer in [0, {steps}), the number of steps, '
+      f'got {discard!r}.'
     )
 
 
@@ -77,24 +76,24 @@ def _as_varying(args):
   kinds = [jax.typeof(x).manual_axis_type.varying for x in args]
   axes = frozenset().union(*kinds)
   return [
-      jax.lax.pcast(x, tuple(sorted(axes - kind)), to='varying')
-      if axes - kind
-      else x
-      for x, kind in zip(args, kinds, strict=True)
+    jax.lax.pcast(x, tuple(sorted(axes - kind)), to='varying')
+    if axes - kind
+    else x
+    for x, kind in zip(args, kinds, strict=True)
   ]
 
 
 def metropolis(
-    key: jax.Array,
-    rows: jax.Array,
-    columns: jax.Array,
-    position: jax.Array,
-    start: jax.Array,
-    *,
-    inverse_temperature: jax.typing.ArrayLike,
-    discard: int,
-    own_steps: bool = False,
-    implementation: str = 'auto',
+  key: jax.Array,
+  rows: jax.Array,
+  columns: jax.Array,
+  position: jax.Array,
+  start: jax.Array,
+  *,
+  inverse_temperature: jax.typing.ArrayLike,
+  discard: int,
+  own_steps: bool = False,
+  implementation: str = 'auto',
 ) -> reference.Draws:
   r"""Walks one Metropolis-Hastings chain per row over all columns.
 
@@ -159,8 +158,8 @@ def metropolis(
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
-        f'implementation must be one of {IMPLEMENTATIONS}, got '
-        f'{implementation!r}.'
+      f'implementation must be one of {IMPLEMENTATIONS}, got '
+      f'{implementation!r}.'
     )
   args = [jnp.asarray(x) for x in (key, rows, columns, position, start)]
   beta = jnp.asarray(inverse_temperature)
@@ -170,30 +169,32 @@ def metropolis(
   key, rows, columns, position, start = args
   if rows.dtype == jnp.float64:
     rows, columns = rows.astype(jnp.float32), columns.astype(jnp.float32)
-  args = _as_varying([
+  args = _as_varying(
+    [
       jax.lax.stop_gradient(x)
       for x in (
-          key,
-          rows,
-          columns,
-          position.astype(jnp.int32),
-          start.astype(jnp.float32),
-          beta.astype(jnp.float32),
+        key,
+        rows,
+        columns,
+        position.astype(jnp.int32),
+        start.astype(jnp.float32),
+        beta.astype(jnp.float32),
       )
-  ])
+    ]
+  )
   settings = dict(discard=discard, own_steps=own_steps)
   others = {}
   if implementation == 'auto':
-    kernels = {'tpu': pallas_tpu, 'cuda': pallas_gpu}
-    for platform, kernel in kernels.items():
-      if kernel.misfit(rows, columns) is None:
-        others[platform] = kernel.metropolis
+    if pallas_tpu.misfit(rows, columns) is None:
+      others['tpu'] = pallas_tpu.metropolis
+    if lowering.is_hopper() and pallas_gpu.misfit(rows, columns) is None:
+      others['cuda'] = pallas_gpu.metropolis
   if implementation in ('auto', 'xla'):
     return reference.by_platform(*args, others=others, **settings)
   named = {
-      'sequential': reference.sequential,
-      'associative': reference.associative,
-      'pallas_tpu': pallas_tpu.metropolis,
-      'pallas_gpu': pallas_gpu.metropolis,
+    'sequential': reference.sequential,
+    'associative': reference.associative,
+    'pallas_tpu': pallas_tpu.metropolis,
+    'pallas_gpu': pallas_gpu.metropolis,
   }
   return named[implementation](*args, **settings)

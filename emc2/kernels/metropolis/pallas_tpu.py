@@ -3,10 +3,10 @@
 import functools
 
 import jax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from emc2.kernels.metropolis import reference
 
@@ -28,8 +28,8 @@ def misfit(rows: jax.Array, columns: jax.Array) -> str | None:
   need = 2 * (LANES + TILE) * rows.shape[1] * rows.dtype.itemsize
   if need > VMEM_BYTES:
     return (
-        f'pallas_tpu keeps {need} bytes of rows and columns in VMEM for '
-        f'width {rows.shape[1]}, over its limit of {VMEM_BYTES}.'
+      f'pallas_tpu keeps {need} bytes of rows and columns in VMEM for '
+      f'width {rows.shape[1]}, over its limit of {VMEM_BYTES}.'
     )
   return None
 
@@ -46,7 +46,7 @@ def _kernel(
   half = width // 2
   own = jax.lax.rem(position[...], half)
   steps = functools.partial(
-      reference.step_number, own=own, half=half, own_steps=own_steps
+    reference.step_number, own=own, half=half, own_steps=own_steps
   )
 
   @pl.when(visit == 0)
@@ -60,18 +60,18 @@ def _kernel(
   def _():
     exact = rows.dtype == jnp.float32
     logit[...] = beta[0] * jax.lax.dot_general(
-        columns[...],
-        rows[...],
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
+      columns[...],
+      rows[...],
+      (((1,), (1,)), ((), ())),
+      precision=jax.lax.Precision.HIGHEST if exact else None,
+      preferred_element_type=jnp.float32,
     )
     low = TILE // 2
     offset = jax.lax.broadcasted_iota(jnp.int32, (low, LANES), 0)
     words = reference.threefry(
-        (key[0], key[1]),
-        jnp.broadcast_to(position[...], (low, LANES)).astype(jnp.uint32),
-        (offset + tile * low).astype(jnp.uint32),
+      (key[0], key[1]),
+      jnp.broadcast_to(position[...], (low, LANES)).astype(jnp.uint32),
+      (offset + tile * low).astype(jnp.uint32),
     )
     for i, word in enumerate(words):
       column = offset + (tile * TILE + i * low)
@@ -96,9 +96,7 @@ def _kernel(
       flags[pl.ds(tile * (TILE // WORD) + w, 1), :] = word
       return now
 
-    last_logit[...] = jax.lax.fori_loop(
-        0, TILE // WORD, walk, last_logit[...]
-    )
+    last_logit[...] = jax.lax.fori_loop(0, TILE // WORD, walk, last_logit[...])
 
   # `stay` holds the step of the next acceptance on the way back.
   @pl.when(visit == tiles)
@@ -123,7 +121,7 @@ def _kernel(
       return following, final, moves
 
     stay[...], last[...], accepted[...] = jax.lax.fori_loop(
-        0, TILE // WORD, walk, (stay[...], last[...], accepted[...])
+      0, TILE // WORD, walk, (stay[...], last[...], accepted[...])
     )
     counts[...] = count[...].T.astype(counts.dtype)
 
@@ -133,16 +131,16 @@ def _kernel(
 
 
 def metropolis(
-    key: jax.Array,
-    rows: jax.Array,
-    columns: jax.Array,
-    position: jax.Array,
-    start: jax.Array,
-    beta: jax.Array,
-    *,
-    discard: int,
-    own_steps: bool,
-    interpret: bool | pltpu.InterpretParams = False,
+  key: jax.Array,
+  rows: jax.Array,
+  columns: jax.Array,
+  position: jax.Array,
+  start: jax.Array,
+  beta: jax.Array,
+  *,
+  discard: int,
+  own_steps: bool,
+  interpret: bool | pltpu.InterpretParams = False,
 ) -> reference.Draws:
   """The chains, 128 to a program; ragged ends are padded.
 
@@ -167,54 +165,52 @@ def metropolis(
   lane = pl.BlockSpec((1, LANES), lambda i, j: (0, i))
   scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
   varying = jax.typeof(rows).manual_axis_type
-  shape = functools.partial(
-      jax.ShapeDtypeStruct, manual_axis_type=varying
-  )
+  shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=varying)
   per_row = lambda dtype: shape((1, blocks * LANES), dtype)
   out = pl.pallas_call(
-      functools.partial(
-          _kernel,
-          tiles=tiles,
-          total=c if own_steps else c - 2,
-          width=c,
-          discard=discard,
-          own_steps=own_steps,
+    functools.partial(
+      _kernel,
+      tiles=tiles,
+      total=c if own_steps else c - 2,
+      width=c,
+      discard=discard,
+      own_steps=own_steps,
+    ),
+    grid=(blocks, 2 * tiles),
+    in_specs=[
+      scalar,
+      scalar,
+      pl.BlockSpec((LANES, d), lambda i, j: (i, 0)),
+      pl.BlockSpec((TILE, d), lambda i, j: (jnp.minimum(j, tiles - 1), 0)),
+      lane,
+      lane,
+    ],
+    out_specs=[
+      # Held at the last tile until the way back begins there.
+      pl.BlockSpec(
+        (LANES, TILE),
+        lambda i, j: (i, jnp.minimum(tiles - 1, 2 * tiles - 1 - j)),
       ),
-      grid=(blocks, 2 * tiles),
-      in_specs=[
-          scalar,
-          scalar,
-          pl.BlockSpec((LANES, d), lambda i, j: (i, 0)),
-          pl.BlockSpec((TILE, d), lambda i, j: (jnp.minimum(j, tiles - 1), 0)),
-          lane,
-          lane,
-      ],
-      out_specs=[
-          # Held at the last tile until the way back begins there.
-          pl.BlockSpec(
-              (LANES, TILE),
-              lambda i, j: (i, jnp.minimum(tiles - 1, 2 * tiles - 1 - j)),
-          ),
-          *[lane] * 5,
-      ],
-      out_shape=[
-          shape((blocks * LANES, tiles * TILE), jnp.uint16),
-          per_row(jnp.int32),
-          per_row(jnp.int32),
-          per_row(jnp.float32),
-          per_row(jnp.int32),
-          per_row(jnp.float32),
-      ],
-      scratch_shapes=[
-          pltpu.VMEM((TILE, LANES), jnp.float32),
-          pltpu.VMEM((TILE, LANES), jnp.float32),
-          pltpu.VMEM((tiles * (TILE // WORD), LANES), jnp.int32),
-          pltpu.VMEM((TILE, LANES), jnp.int32),
-      ],
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=('parallel', 'arbitrary')
-      ),
-      interpret=interpret,
-      name='metropolis',
+      *[lane] * 5,
+    ],
+    out_shape=[
+      shape((blocks * LANES, tiles * TILE), jnp.uint16),
+      per_row(jnp.int32),
+      per_row(jnp.int32),
+      per_row(jnp.float32),
+      per_row(jnp.int32),
+      per_row(jnp.float32),
+    ],
+    scratch_shapes=[
+      pltpu.VMEM((TILE, LANES), jnp.float32),
+      pltpu.VMEM((TILE, LANES), jnp.float32),
+      pltpu.VMEM((tiles * (TILE // WORD), LANES), jnp.int32),
+      pltpu.VMEM((TILE, LANES), jnp.int32),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary')
+    ),
+    interpret=interpret,
+    name='metropolis',
   )(key, beta[None], rows, columns, position, start)
   return reference.Draws(out[0][:n, :c], *[x[0, :n] for x in out[1:]])

@@ -1,7 +1,7 @@
 """The sampler in plain JAX: what CPUs run, and what the kernels must equal."""
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ class Draws(NamedTuple):
 
 
 def threefry(
-    key: tuple[jax.Array, jax.Array], x0: jax.Array, x1: jax.Array
+  key: tuple[jax.Array, jax.Array], x0: jax.Array, x1: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Threefry-2x32 with 20 rounds: two words for each counter (x0, x1).
 
@@ -57,7 +57,7 @@ def threefry(
 
 
 def random_words(
-    key: jax.Array, position: jax.Array, column: jax.Array
+  key: jax.Array, position: jax.Array, column: jax.Array
 ) -> jax.Array:
   """Word of each (column, row): it hangs on nothing but key, row, column.
 
@@ -73,7 +73,7 @@ def random_words(
   low = BLOCK // 2
   pair = column // BLOCK * low + column % low
   x0, x1 = jnp.broadcast_arrays(
-      position.astype(jnp.uint32)[None, :], pair.astype(jnp.uint32)[:, None]
+    position.astype(jnp.uint32)[None, :], pair.astype(jnp.uint32)[:, None]
   )
   first, second = threefry((key[0], key[1]), x0, x1)
   return jnp.where((column % BLOCK < low)[:, None], first, second)
@@ -86,7 +86,7 @@ def exponential(words: jax.Array) -> jax.Array:
 
 
 def step_number(
-    column: jax.Array, own: jax.Array, half: int, own_steps: bool
+  column: jax.Array, own: jax.Array, half: int, own_steps: bool
 ) -> jax.Array:
   """How many steps come before the one that proposes `column`.
 
@@ -105,9 +105,7 @@ def step_number(
   return column - after - (column > own + half).astype(jnp.int32)
 
 
-def dwell(
-    step: jax.Array, following: jax.Array, discard: int
-) -> jax.Array:
+def dwell(step: jax.Array, following: jax.Array, discard: int) -> jax.Array:
   """Retained steps from one acceptance to the one that follows it."""
   return jnp.maximum(following - jnp.maximum(step, discard), 0)
 
@@ -131,13 +129,16 @@ class _Rows(NamedTuple):
     return step_number(column, self.own[None, :], self.half, self.own_steps)
 
   def propose(
-      self, columns: jax.Array, column: jax.Array
+    self, columns: jax.Array, column: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Logits and their perturbed values, each (k, n), of k columns."""
     exact = None if columns.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     logit = self.beta * jax.lax.dot_general(
-        columns, self.rows, (((1,), (1,)), ((), ())), precision=exact,
-        preferred_element_type=jnp.float32,
+      columns,
+      self.rows,
+      (((1,), (1,)), ((), ())),
+      precision=exact,
+      preferred_element_type=jnp.float32,
     )
     high = logit + exponential(random_words(self.key, self.position, column))
     apart = column[:, None] - self.own[None, :]
@@ -146,15 +147,15 @@ class _Rows(NamedTuple):
 
 
 def sequential(
-    key: jax.Array,
-    rows: jax.Array,
-    columns: jax.Array,
-    position: jax.Array,
-    start: jax.Array,
-    beta: jax.Array,
-    *,
-    discard: int,
-    own_steps: bool,
+  key: jax.Array,
+  rows: jax.Array,
+  columns: jax.Array,
+  position: jax.Array,
+  start: jax.Array,
+  beta: jax.Array,
+  *,
+  discard: int,
+  own_steps: bool,
 ) -> Draws:
   """Walks the columns one by one, all rows at once: the fastest on a CPU.
 
@@ -182,10 +183,10 @@ def sequential(
     retained = (accept & (step >= discard)).astype(jnp.int32)
     top = jnp.max(jnp.where(step <= discard, h, -jnp.inf), axis=0)
     carry = (
-        logit,
-        jnp.maximum(last, at),
-        accepted + jnp.sum(retained, axis=0),
-        jnp.maximum(peak, top),
+      logit,
+      jnp.maximum(last, at),
+      accepted + jnp.sum(retained, axis=0),
+      jnp.maximum(peak, top),
     )
     return carry, accept
 
@@ -211,14 +212,14 @@ def sequential(
   # A column holds the state until the next acceptance: backwards, its count is
   # known when it is reached, and nothing is scattered.
   first, counts = jax.lax.scan(
-      revisit, none + total, (jnp.concatenate(accept), number), reverse=True
+    revisit, none + total, (jnp.concatenate(accept), number), reverse=True
   )
   stay = jnp.maximum(first - discard, 0)
   return Draws(counts.T, stay, last, last_logit, accepted, peak)
 
 
 def combine(
-    early: tuple[jax.Array, jax.Array], late: tuple[jax.Array, jax.Array]
+  early: tuple[jax.Array, jax.Array], late: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   r"""Joins two stretches of a chain, each (h, l): associative and exact.
 
@@ -243,15 +244,15 @@ def combine(
 
 
 def associative(
-    key: jax.Array,
-    rows: jax.Array,
-    columns: jax.Array,
-    position: jax.Array,
-    start: jax.Array,
-    beta: jax.Array,
-    *,
-    discard: int,
-    own_steps: bool,
+  key: jax.Array,
+  rows: jax.Array,
+  columns: jax.Array,
+  position: jax.Array,
+  start: jax.Array,
+  beta: jax.Array,
+  *,
+  discard: int,
+  own_steps: bool,
 ) -> Draws:
   """The same chains, bit for bit, in a number of passes that grows as log c.
 
@@ -274,25 +275,25 @@ def associative(
   counts = jnp.where(accept, dwell(step, following, discard), 0)
   retained = (accept & (step >= discard)).astype(jnp.int32)
   return Draws(
-      counts=counts.astype(jnp.uint16).T,
-      stay=jnp.maximum(ahead[0] - discard, 0),
-      last=jnp.max(jnp.where(accept, number[:, None], -1), axis=0),
-      last_logit=after[-1],
-      accepted=jnp.sum(retained, axis=0),
-      peak=jnp.max(jnp.where(step <= discard, h, -jnp.inf), axis=0),
+    counts=counts.astype(jnp.uint16).T,
+    stay=jnp.maximum(ahead[0] - discard, 0),
+    last=jnp.max(jnp.where(accept, number[:, None], -1), axis=0),
+    last_logit=after[-1],
+    accepted=jnp.sum(retained, axis=0),
+    peak=jnp.max(jnp.where(step <= discard, h, -jnp.inf), axis=0),
   )
 
 
 def by_platform(
-    *args: jax.Array, others: dict[str, Callable[..., Draws]], **settings
+  *args: jax.Array, others: dict[str, Callable[..., Draws]], **settings
 ) -> Draws:
   """Chooses when lowering: `others` by platform, else what XLA does best."""
   branches = {
-      name: functools.partial(fn, **settings) for name, fn in others.items()
+    name: functools.partial(fn, **settings) for name, fn in others.items()
   }
   return jax.lax.platform_dependent(
-      *args,
-      cpu=functools.partial(sequential, **settings),
-      default=functools.partial(associative, **settings),
-      **branches,
+    *args,
+    cpu=functools.partial(sequential, **settings),
+    default=functools.partial(associative, **settings),
+    **branches,
   )
