@@ -42,6 +42,8 @@ def _dispatch(direction, implementation, rows, columns, *stats):
     choices['default'] = default
   else:
     platform, module = _KERNELS[implementation]
+    if (reason := module.unsupported(rows, columns)) is not None:
+      raise NotImplementedError(f'{implementation}: {reason}')
     choices = {platform: getattr(module, direction)}
   return jax.lax.platform_dependent(rows, columns, *stats, **choices)
 
@@ -62,9 +64,6 @@ def _row_logsumexp_bwd(implementation, residuals, cotangents):
   d_rows, d_columns = _dispatch(
     'backward', implementation, rows, columns, image, scale, value, cotangent
   )
-  d_rows = d_rows.astype(rows.dtype)
-  if columns is not None:
-    d_columns = d_columns.astype(columns.dtype)
   return d_rows, d_columns, None, cotangent * mean
 
 

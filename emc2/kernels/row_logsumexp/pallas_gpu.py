@@ -196,7 +196,7 @@ def _stream(x, y, x_stats, y_stats, carry, body, finish, out, name, interpret):
     )(*y_refs)
 
   shared = lambda a: plgpu.SMEM((groups, _HELD, *a.shape[1:]), a.dtype)
-  return plgpu.kernel(
+  outs = plgpu.kernel(
     entry,
     out_type=out,
     scratch_types=[
@@ -213,12 +213,13 @@ def _stream(x, y, x_stats, y_stats, carry, body, finish, out, name, interpret):
     ),
     interpret=interpret,
   )(*x, *x_stats, *y, *y_stats)
+  # The kernel forgets over which mesh axes its arguments vary.
+  axes = tuple(sorted(jax.typeof(x[0]).manual_axis_type.varying))
+  return jax.lax.pcast(outs, axes, to='varying') if axes else outs
 
 
 def forward(rows, columns, image, scale, *, interpret=False):
   """As `reference.forward`."""
-  if (reason := unsupported(rows, columns)) is not None:
-    raise NotImplementedError(reason)
   columns = rows if columns is None else columns
   (n, d), c, parts = rows.shape, columns.shape[0], _parts(rows)
   held = _HELD * _compute_groups(n, d, parts)
@@ -259,16 +260,11 @@ def forward(rows, columns, image, scale, *, interpret=False):
     carry,
     body,
     finish,
-    [_like(rows, padded.shape)] * 2,
+    [jax.ShapeDtypeStruct(padded.shape, jnp.float32)] * 2,
     'row_logsumexp_forward',
     interpret,
   )
   return value[:n], mean[:n]
-
-
-def _like(x, shape):
-  varying = jax.typeof(x).manual_axis_type
-  return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varying)
 
 
 def _pull(x, y, x_image, y_image, x_stats, y_stats, interpret):
@@ -284,7 +280,7 @@ def _pull(x, y, x_image, y_image, x_stats, y_stats, interpret):
     interpret: static.
 
   Returns:
-    (n, d), float32.
+    (n, d), in the dtype of x.
   """
   (n, d), parts = x.shape, _parts(x)
   held = _HELD * _compute_groups(n, d, parts)
@@ -326,17 +322,15 @@ def _pull(x, y, x_image, y_image, x_stats, y_stats, interpret):
     carry,
     body,
     lambda acc: (acc,),
-    [_like(x, shape)],
+    [jax.ShapeDtypeStruct(shape, jnp.float32)],
     'row_logsumexp_pull',
     interpret,
   )
-  return out[:n, :d]
+  return out[:n, :d].astype(x.dtype)
 
 
 def backward(rows, columns, image, scale, value, cotangent, *, interpret=False):
   """As `reference.backward`."""
-  if (reason := unsupported(rows, columns)) is not None:
-    raise NotImplementedError(reason)
   stats = (scale, value, cotangent * scale)
   if columns is None:
     return _pull(rows, rows, image, image, stats, stats, interpret), None

@@ -107,8 +107,6 @@ def _forward_kernel(
 
 def forward(rows, columns, image, scale, *, interpret=False):
   """As `reference.forward`."""
-  if (reason := unsupported(rows, columns)) is not None:
-    raise NotImplementedError(reason)
   columns = rows if columns is None else columns
   n, d, c = rows.shape[0], rows.shape[1], columns.shape[0]
   held, streamed = _blocks(n, c, d)
@@ -181,11 +179,11 @@ def _pull(x, y, x_image, y_image, x_stats, y_stats, interpret):
     interpret: static, as in `pallas_call`.
 
   Returns:
-    (n, d), in bfloat16 for bfloat16, else float32.
+    (n, d), in the dtype of x.
   """
   n, d = x.shape
   held, streamed = _blocks(n, y.shape[0], d)
-  varying = jax.typeof(x).manual_axis_type
+  dtype, varying = x.dtype, jax.typeof(x).manual_axis_type
   x = _pad(_working(x), held, _LANES)
   y = _pad(_working(y), streamed, _LANES)
   as_x = lambda v: _pad(v[:, None], held, 1)
@@ -216,13 +214,11 @@ def _pull(x, y, x_image, y_image, x_stats, y_stats, interpret):
     *map(as_x, x_stats),
     *map(as_y, y_stats),
   )
-  return out[:n, :d]
+  return out[:n, :d].astype(dtype)
 
 
 def backward(rows, columns, image, scale, value, cotangent, *, interpret=False):
-  """As `reference.backward`; bfloat16 gradients of bfloat16 embeddings."""
-  if (reason := unsupported(rows, columns)) is not None:
-    raise NotImplementedError(reason)
+  """As `reference.backward`."""
   stats = (scale, value, cotangent * scale)
   if columns is None:
     return _pull(rows, rows, image, image, stats, stats, interpret), None

@@ -97,7 +97,8 @@ def _pull_rows(rows, image, scale, value, weight, block):
   as_row = jnp.exp(block_scale[:, None] * s - block_value[:, None])
   as_column = jnp.exp(scale[None, :] * s - value[None, :])
   pull = block_weight[:, None] * as_row + weight[None, :] * as_column
-  return _matmul(jnp.where(own, 0.0, pull), rows.astype(jnp.float32))
+  d_rows = _matmul(jnp.where(own, 0.0, pull), rows.astype(jnp.float32))
+  return d_rows.astype(rows.dtype)
 
 
 def _pull_both(columns, d_columns, block):
@@ -108,7 +109,8 @@ def _pull_both(columns, d_columns, block):
   p = jnp.exp(scale[:, None] * s - value[:, None])
   pull = jnp.where(own, 0.0, weight[:, None] * p)
   d_rows = _matmul(pull, columns.astype(jnp.float32))
-  return d_columns + _matmul(rows.T.astype(jnp.float32), pull), d_rows
+  d_columns += _matmul(rows.T.astype(jnp.float32), pull)
+  return d_columns, d_rows.astype(rows.dtype)
 
 
 def backward(rows, columns, image, scale, value, cotangent):
@@ -123,7 +125,8 @@ def backward(rows, columns, image, scale, value, cotangent):
     cotangent: (n,), float32.
 
   Returns:
-    d_rows (n, d) and d_columns (c, d), or None where columns are None; float32.
+    d_rows (n, d) and d_columns (c, d), or None where columns are None; in the
+    dtype of the embeddings.
   """
   n = rows.shape[0]
   stats = (rows, image, scale, value, cotangent * scale)
@@ -142,4 +145,4 @@ def backward(rows, columns, image, scale, value, cotangent):
     blocks = _to_blocks(stats, n, c)
     d_columns, d_rows = jax.lax.scan(block, d_columns, tuple(blocks))
     d_rows = _from_blocks(d_rows, n)
-  return d_rows, d_columns.T
+  return d_rows, d_columns.T.astype(columns.dtype)
