@@ -117,7 +117,7 @@ class _Draw(NamedTuple):
   gray: jax.Array  # bool.
   blur: jax.Array  # bool.
   sigma: jax.Array  # Pixels.
-  noise: jax.Array  # Standard deviation.
+  noise: jax.Array  # (size * size * channels,), or (0,) for a recipe without.
 
 
 def augment(
@@ -170,9 +170,8 @@ def augment(
 
   def one(image, index, view):
     sample_key = jax.random.fold_in(jax.random.fold_in(key, index), view)
-    word_key, noise_key = jax.random.split(sample_key)
     is_plain = view == contrastive.PLAIN_VIEW
-    drawn = _draw(word_key, is_plain, image.shape, recipe)
+    drawn = _draw(sample_key, is_plain, image.shape, recipe)
     x = _resample(image, drawn.box, drawn.flip, recipe)
     if recipe.jitter_probability:
       x = jnp.where(drawn.jitter, _jitter(x, drawn.factors, drawn.order), x)
@@ -181,8 +180,7 @@ def augment(
     if recipe.blur is not None:
       x = _blur(x, drawn.sigma, drawn.blur, recipe.blur[1])
     if recipe.noise:
-      noise = jax.random.normal(noise_key, x.shape, x.dtype)
-      x = jnp.clip(x + drawn.noise * noise, 0.0, 1.0)
+      x = jnp.clip(x + drawn.noise.reshape(x.shape), 0.0, 1.0)
     return x.transpose(1, 2, 0)
 
   return jax.vmap(one)(images, index, view)
@@ -237,55 +235,64 @@ def _draw(
   key: jax.Array, is_plain: jax.Array, shape: tuple[int, ...], recipe: Recipe
 ) -> _Draw:
   """Draws all numbers of one view from one call for random words."""
-  height, width, _ = shape
-  words = iter(jax.random.bits(key, (2 * _ATTEMPTS + 14,), jnp.uint32))
-  applies = lambda p: (_uniform(next(words), 0.0, 1.0) < p) & ~is_plain
-  take = lambda n: jnp.stack(list(itertools.islice(words, n)))
+  height, width, channels = shape
+  num_words = 2 * _ATTEMPTS + 14
+  num_values = 0
+  if recipe.noise:
+    num_values = channels * (recipe.size**2 if recipe.size else height * width)
+  words = jax.random.bits(key, (num_words + num_values,), jnp.uint32)
+  unit = (words >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
+  rest = unit[2 * _ATTEMPTS + 2 :]
+  # Normal by the inverse of its distribution; centred, so never infinite.
+  centred = 2.0 * unit[num_words:] - np.float32(1.0 - 2**-24)
+  noise = recipe.noise * math.sqrt(2.0) * jax.lax.erf_inv(centred)
   whole = jnp.array([0.0, 0.0, height, width])
   box = whole
   if recipe.crop_area is not None:
-    box = _crop_box(take(2 * _ATTEMPTS + 2), height, width, recipe)
+    box = _crop_box(unit[: 2 * _ATTEMPTS + 2], height, width, recipe)
   if recipe.shift:
-    moves = _uniform(take(2), -recipe.shift, recipe.shift + 1)
+    moves = _uniform(rest[:2], -recipe.shift, recipe.shift + 1)
     box = box.at[:2].add(jnp.floor(moves))
+  chances = [recipe.flip, recipe.jitter_probability, recipe.gray]
+  chances = np.array([*chances, recipe.blur_probability], np.float32)
+  flip, jitter, gray, blur = (rest[2:6] < chances) & ~is_plain
   spread = np.array(recipe.jitter, np.float32)
   middle = np.array([1.0, 1.0, 1.0, 0.0], np.float32)
-  low = np.maximum(middle - spread, [0.0, 0.0, 0.0, -spread[3]])
-  low, high = low.astype(np.float32), middle + spread
+  floor = np.array([0.0, 0.0, 0.0, -np.inf], np.float32)
+  low, high = np.maximum(middle - spread, floor), middle + spread
   sigma = (1.0, 1.0) if recipe.blur is None else recipe.blur
   return _Draw(
     box=jnp.where(is_plain, whole, box),
-    flip=applies(recipe.flip),
-    jitter=applies(recipe.jitter_probability),
-    factors=_uniform(take(4), low, high),
-    order=jnp.asarray(_ORDERS)[next(words) % np.uint32(len(_ORDERS))],
-    gray=applies(recipe.gray),
-    blur=applies(recipe.blur_probability),
-    sigma=_uniform(next(words), *sigma),
-    noise=jnp.where(is_plain, 0.0, recipe.noise),
+    flip=flip,
+    jitter=jitter,
+    factors=_uniform(rest[6:10], low, high),
+    order=jnp.asarray(_ORDERS)[words[num_words - 1] % np.uint32(len(_ORDERS))],
+    gray=gray,
+    blur=blur,
+    sigma=_uniform(rest[10], *sigma),
+    noise=jnp.where(is_plain, 0.0, noise),
   )
 
 
-def _uniform(words: jax.Array, low, high) -> jax.Array:
-  """Maps random words to float32 in [low, high)."""
-  unit = (words >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
+def _uniform(unit: jax.Array, low, high) -> jax.Array:
+  """Maps [0, 1) to [low, high)."""
   return low + (high - low) * unit
 
 
-def _crop_box(words: jax.Array, height: int, width: int, recipe: Recipe):
+def _crop_box(unit: jax.Array, height: int, width: int, recipe: Recipe):
   """Draws a crop as torchvision's RandomResizedCrop does."""
   ratio_low, ratio_high = recipe.crop_ratio
-  tries = words[:-2].reshape(2, _ATTEMPTS)
-  area = height * width * _uniform(tries[0], *recipe.crop_area)
-  log_ratio = _uniform(tries[1], math.log(ratio_low), math.log(ratio_high))
-  ratio = jnp.exp(log_ratio)
+  areas, log_ratios = unit[:-2].reshape(2, _ATTEMPTS)
+  area = height * width * _uniform(areas, *recipe.crop_area)
+  ratio = jnp.exp(
+    _uniform(log_ratios, math.log(ratio_low), math.log(ratio_high))
+  )
   sides = jnp.round(jnp.sqrt(jnp.stack([area / ratio, area * ratio])))
-  bounds = jnp.array([[height], [width]], jnp.float32)
-  fits = jnp.all((sides > 0) & (sides <= bounds), axis=0)
+  bounds = jnp.array([height, width], jnp.float32)
+  fits = jnp.all((sides > 0) & (sides <= bounds[:, None]), axis=0)
   drawn = sides[:, jnp.argmax(fits)]
-  start = jnp.floor(_uniform(words[-2:], 0.0, bounds[:, 0] - drawn + 1.0))
-  # Rounding in float32 may reach the end of the half-open range.
-  start = jnp.minimum(start, bounds[:, 0] - drawn)
+  start = jnp.floor(unit[-2:] * (bounds - drawn + 1.0))
+  start = jnp.minimum(start, bounds - drawn)  # Rounding may reach the end.
   # If none fits: the largest box in the middle whose ratio is allowed.
   whole_height = min(height, round(width / ratio_low))
   whole_width = min(width, round(height * ratio_high))

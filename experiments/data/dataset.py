@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 MEMORY_LIMIT = 2**31
 """Default number of bytes up to which a reader loads all images."""
 
 
+@runtime_checkable
 class Source(Protocol):
   """Images that stay on disk; reads like an array along its first axis."""
 
@@ -50,7 +52,7 @@ class Dataset:
     mapped = isinstance(self.images, np.memmap)
     return isinstance(self.images, np.ndarray) and not mapped
 
-  def fetch(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
+  def fetch(self, index: jax.typing.ArrayLike | Sequence[int]) -> np.ndarray:
     """Reads any images, in the order asked for; repeats are allowed.
 
     Args:
