@@ -344,7 +344,12 @@ class ShardMapTest(parameterized.TestCase):
   def test_kernels_lower_inside(self, dtype):
     for platform, kind in lowering.KINDS.items():
       chip = jax.sharding.AbstractDevice(kind, 1, platform)
-      mesh = jax.sharding.AbstractMesh((8,), ('data',), abstract_device=chip)
+      mesh = jax.sharding.AbstractMesh(
+        (8,),
+        ('data',),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        abstract_device=chip,
+      )
 
       @jax.shard_map(
         mesh=mesh, in_specs=(P('data'), P('data')), out_specs=P('data')
@@ -363,6 +368,10 @@ class ShardMapTest(parameterized.TestCase):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
       found = 'row_logsumexp_pull' in text
       self.assertEqual(found, platform != 'cpu', platform)
+      # The gather and its transpose are the caller's; there is no other.
+      self.assertEqual(text.count('"stablehlo.all_gather"'), 1)
+      self.assertEqual(text.count('"stablehlo.reduce_scatter"'), 1)
+      self.assertNotIn('all_reduce', text)
 
 
 class LoweringTest(parameterized.TestCase):
@@ -426,6 +435,25 @@ class LoweringTest(parameterized.TestCase):
     )
     self.assertNotIn('row_logsumexp_pull', text)
     self.assertIn('dot_general', text)
+
+  def test_gpu_kernel_refuses_a_chip_without_its_instructions(self):
+    with self.assertRaisesRegex(NotImplementedError, 'Hopper'):
+      self._text(
+        SPECS['imagenet100_resnet50'],
+        'cuda',
+        'NVIDIA A100-SXM4-80GB',
+        implementation='pallas_gpu',
+      )
+
+  @parameterized.parameters('tpu', 'cuda')
+  def test_seeds_share_one_kernel(self, platform):
+    f = jax.ShapeDtypeStruct((3, 64, 16), jnp.float32)
+    loss = lambda f: jnp.sum(row_logsumexp(f, None, None, 14.0).value)
+    text = lowering.lower_for(
+      jax.vmap(jax.grad(loss)), f, platform=platform
+    ).as_text()
+    target = '@tpu_custom_call' if platform == 'tpu' else '@mosaic_gpu'
+    self._assert_kernels(text, target, SPECS['imagenet100_resnet50'])
 
   @parameterized.parameters(('tpu', 'pallas_tpu'), ('cuda', 'pallas_gpu'))
   def test_named_kernel_is_that_kernel(self, platform, implementation):
@@ -540,7 +568,7 @@ def runnable():
       jax.devices(platform)
     except RuntimeError:
       continue
-    if platform == 'tpu' or pallas_gpu.is_hopper():
+    if platform == 'tpu' or pallas_gpu.has_instructions():
       found.append((name, platform))
   return found
 

@@ -31,29 +31,32 @@ _MAX_FEATURES = 256
 _LOG2E = math.log2(math.e)
 
 
+def has_instructions():
+  """Whether the GPUs at hand are Hopper; None where no GPU is known.
+
+  A mesh in scope that names a chip decides, else the GPUs of this machine.
+  """
+  chip = jax.sharding.get_abstract_mesh().abstract_device
+  if chip is not None:
+    if chip.platform not in ('cuda', 'gpu'):
+      return None
+    return any(name in chip.device_kind for name in _HOPPER)
+  try:
+    devices = jax.local_devices(backend='cuda')
+  except RuntimeError:
+    return None
+  return all(device.compute_capability == '9.0' for device in devices)
+
+
 def unsupported(rows, columns):
   """Why the kernels do not take these arguments, or None."""
   del columns
   d = rows.shape[1]
   if d > _MAX_FEATURES:
     return f'want at most {_MAX_FEATURES} features, got {d}.'
+  if has_instructions() is False:
+    return 'want a Hopper GPU, got another one.'
   return None
-
-
-def is_hopper():
-  """Whether the program is for GPUs that have these matrix instructions.
-
-  The chip is the one that the mesh in scope names, else that of the GPUs here.
-  """
-  chip = jax.sharding.get_abstract_mesh().abstract_device
-  if chip is not None:
-    named = any(name in chip.device_kind for name in _HOPPER)
-    return chip.platform in ('cuda', 'gpu') and named
-  try:
-    devices = jax.local_devices(backend='cuda')
-  except RuntimeError:
-    return False
-  return all(device.compute_capability == '9.0' for device in devices)
 
 
 def _compute_groups(n, d, parts):
