@@ -19,9 +19,7 @@ def _problem(n=50, m=40, width=6, num_classes=4, seed=0):
   return features[:n], labels[:n], features[n:], labels[n:]
 
 
-def _descend(
-  weights, bias, x, y, *, rate, momentum, decay, batch, epochs, rule
-):
+def _descend(w, b, x, y, *, rate, momentum, decay, batch, epochs, rule):
   """The probe as PyTorch runs it: a loop, in float64."""
   w, b = w.astype(np.float64), b.astype(np.float64)
   mw, mb = np.zeros_like(w), np.zeros_like(b)

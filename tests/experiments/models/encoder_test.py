@@ -195,7 +195,7 @@ class EncoderTest(parameterized.TestCase):
       maps = jax.nn.relu(maps)
     hidden = pure.params['hidden']
     want = maps.reshape(3, -1) @ hidden['kernel'] + hidden['bias'][None, :]
-    got = pure.apply_features(pure.params, images)
+    got = jax.jit(pure.apply_features)(pure.params, images)
     np.testing.assert_allclose(got, jax.nn.relu(want), rtol=1e-4, atol=1e-5)
 
   def test_each_image_stands_alone(self):
@@ -230,7 +230,7 @@ class EncoderTest(parameterized.TestCase):
       for leaf in (value, *jax.tree.leaves(grads)):
         self.assertTrue(np.all(np.isfinite(leaf)))
 
-  @parameterized.parameters('mlp', 'convnet', 'resnet_small')
+  @parameterized.parameters('mlp', 'convnet')
   def test_dtype_of_the_computation(self, name):
     full = models.split(_build(name))
     half = models.split(_build(name, dtype=jnp.bfloat16))
@@ -332,7 +332,7 @@ class SplitTest(parameterized.TestCase):
 
   def test_draws_one_set_of_params_per_key(self):
     make = lambda rngs: models.build(
-      'convnet', image_shape=(8, 8, 1), embedding=6, hidden=10, rngs=rngs
+      'mlp', image_shape=(8, 8, 1), embedding=6, hidden=10, rngs=rngs
     )
     keys = jax.random.split(jax.random.key(0), 3)
     draw = lambda key: models.draw_params(make, key)
@@ -398,7 +398,7 @@ class PresetTest(parameterized.TestCase):
     images = jax.ShapeDtypeStruct((4, *preset.image_shape), jnp.float32)
     loss = lambda p, x: jnp.sum(pure.apply_embeddings(p, x)[:, 0])
     traced = jax.jit(jax.grad(loss)).trace(pure.params, images)
-    for platform in ('cpu', 'cuda', 'tpu'):
+    for platform in ('cpu', 'tpu'):
       lowered = traced.lower(lowering_platforms=(platform,))
       self.assertIn('bf16', lowered.as_text())
 
