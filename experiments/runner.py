@@ -166,6 +166,8 @@ def train(
   step_fn: Callable[[jax.Array, Any, Any], tuple[Any, Any]],
   batches: Iterator[Any] | None = None,
   *,
+  constants: Any = None,
+  prepare: Callable[[jax.Array, Any, Any], Any] | None = None,
   key: jax.Array,
   num_steps: int,
   workdir: epath.PathLike,
@@ -189,6 +191,12 @@ def train(
       NamedTuple or dict of arrays to log, with a `loss` that must stay finite.
     batches: Iterator over pytrees of equal shapes, with `get_state` and
       `set_state` as Grain's have. If None, the batch is `t`, (), int32.
+    constants: Arrays that every step reads and no checkpoint holds, such as a
+      data set on the device, placed as they shall be; the step then gets the
+      pair (batch, constants).
+    prepare: `(key, state, batch) -> batch`, on the host before each step, with
+      the step's own key, for what must be fetched because the state names it;
+      what it returns is placed as it shall be. Needs `steps_per_call=1`.
     key: Typed PRNG key, (); the root of all the run's randomness.
     num_steps: Steps of the whole run, at least 1.
     workdir: Folder of this one training: checkpoints and metrics.
@@ -220,6 +228,10 @@ def train(
     checkpoint_every=checkpoint_every,
     evaluate_every=evaluate_every,
   )
+  if prepare is not None and steps_per_call != 1:
+    raise ValueError(
+      f'steps_per_call must be 1 with prepare, got {steps_per_call}.'
+    )
   workdir = epath.Path(workdir).expanduser().resolve()
   source = feed.Feed(batches, batch_sharding)
   devices = _mesh_of((state, key))
@@ -259,9 +271,13 @@ def train(
     while done < num_steps:
       length = min(steps_per_call - done % steps_per_call, num_steps - done)
       batch = source.take(done, length)
+      if prepare is not None:
+        batch = _prepared(prepare, key, state, batch, done)
       if length not in lengths:
         clock.halt(done, state)
-      state, progress, infos = call(state, progress, key, batch, length)
+      state, progress, infos = call(
+        state, progress, key, batch, constants, length
+      )
       log.add(done, length, infos, progress[1])
       done += length
       if length not in lengths:
@@ -442,12 +458,19 @@ def _compile(
     first_bad = jnp.where(bad & (first_bad < 0), number, first_bad)
     return (state, first_bad), info
 
-  def call(state, progress, key, batches, length):
+  def call(state, progress, key, batches, constants, length):
     number, first_bad = progress
     numbers = number + jnp.arange(length, dtype=jnp.int32)
     numbered = numbers, numbers if batches is None else batches
+
+    def with_constants(key, carry, numbered):
+      if constants is None:
+        return one(key, carry, numbered)
+      number, batch = numbered
+      return one(key, carry, (number, (batch, constants)))
+
     (state, first_bad), infos = algorithm.scan(
-      key, (state, first_bad), numbered, one, start=number
+      key, (state, first_bad), numbered, with_constants, start=number
     )
     return state, (number + length, first_bad), infos
 
@@ -456,10 +479,19 @@ def _compile(
     shared = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
   return jax.jit(
     call,
-    static_argnums=4,
+    static_argnums=5,
     donate_argnums=0,
     out_shardings=(placing, shared, shared),
   )
+
+
+def _prepared(prepare, key, state, batch, done):
+  """What `prepare` makes of one batch, with a leading axis of one step."""
+  with jax.transfer_guard('allow'):
+    if batch is not None:
+      batch = jax.tree.map(lambda x: x[0], batch)
+    batch = prepare(jax.random.fold_in(key, done), state, batch)
+    return jax.tree.map(lambda x: x[None], batch)
 
 
 def _mesh_of(tree: Any) -> jax.sharding.Mesh | None:
