@@ -540,6 +540,14 @@ class GpuKernelTest(parameterized.TestCase):
     # Products of two numbers of 16 bits each.
     assert_close(got, oracle(*args), 2e-4)
 
+  def test_parts_add_up(self):
+    x = problem(64, 64, 16)[0]
+    high, low = jax.jit(pallas_gpu._split, static_argnums=1)(x, 2)
+    total = np.asarray(high, np.float64) + np.asarray(low, np.float64)
+    np.testing.assert_allclose(total, x, rtol=2**-16)
+    # One part alone is much worse: the lower one must not be optimised away.
+    self.assertGreater(np.abs(np.asarray(high, np.float64) - x).max(), 2**-12)
+
   def test_rows_that_are_all_columns(self):
     rows, _, position, scale, cotangent = args = problem(70, 70, 16)
     value, _, want, *_ = whole(oracle(*args))

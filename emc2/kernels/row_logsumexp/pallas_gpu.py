@@ -62,8 +62,8 @@ def unsupported(rows, columns):
 def _compute_groups(n, d, parts):
   """How many warpgroups share each streamed tile.
 
-  Two halve the traffic, but take work from processors unless there is plenty,
-  and hold twice the rows.
+  Two halve the traffic, but hold twice the rows, and leave processors idle
+  unless there are blocks for all.
   """
   plenty = n >= 2 * _HELD * _PROCESSORS
   shared = 2 * parts * -(-d // 64) * 64 * (2 * _HELD + _STEPS * _STREAMED)
@@ -75,12 +75,20 @@ def _parts(x):
 
 
 def _split(x, parts):
-  """One or two bfloat16 arrays that add up to x."""
+  """One or two bfloat16 arrays that add up to x, outside a kernel."""
+  if parts == 1:
+    return [x]
+  x = x.astype(jnp.float32)
+  # XLA may drop a cast to bfloat16 and back, and with it the lower part.
+  high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+  return [part.astype(jnp.bfloat16) for part in (high, x - high)]
+
+
+def _split_in_registers(x, parts):
   high = x.astype(jnp.bfloat16)
   if parts == 1:
     return [high]
-  low = x.astype(jnp.float32) - high.astype(jnp.float32)
-  return [high, low.astype(jnp.bfloat16)]
+  return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
 
 
 def _pad(x, multiple, value=0):
@@ -98,7 +106,7 @@ def _pairs(xs, ys):
 
 
 def _similarity(xs, ys, interpret):
-  """X y^T of tiles in shared memory, in registers."""
+  """Inner products of the rows of two tiles, in registers."""
   if interpret:
     dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     return sum(dot(x[...], y[...].T) for x, y in _pairs(xs, ys))
@@ -113,8 +121,8 @@ def _similarity(xs, ys, interpret):
 
 
 def _accumulate(acc, weights, ys, interpret):
-  """Acc + w y, the weights in registers and y in shared memory."""
-  ws = _split(weights, len(ys))
+  """Adds weights, in registers, times y, in shared memory."""
+  ws = _split_in_registers(weights, len(ys))
   if interpret:
     dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     return acc + sum(dot(w, y[...]) for w, y in _pairs(ws, ys))
@@ -232,18 +240,15 @@ def forward(rows, columns, image, scale, *, interpret=False):
     return jnp.full_like(zeros, -jnp.inf), zeros, zeros
 
   def body(xs, x_stats, ys, y_stats, state):
-    (own_image, slope), (y_image,), (top, total, moment) = (
-      x_stats,
-      y_stats,
-      state,
-    )
+    (own_image, slope), (y_image,) = x_stats, y_stats
+    old, total, moment = state
     s = _similarity(xs, ys, interpret)
     other = _along_columns(y_image, s.shape)
     out = (_along_rows(own_image, s.shape) == other) | (other < 0)
     logits = jnp.where(out, -jnp.inf, _along_rows(slope, s.shape) * s)
     # Two columns of a tile, an even number of them, show different images: no
     # row meets only its own, and the maximum is finite from the first tile on.
-    old, top = top, jnp.maximum(top, jnp.max(logits, axis=1))
+    top = jnp.maximum(old, jnp.max(logits, axis=1))
     p = jnp.exp2(logits - _along_rows(top, s.shape))
     fade = jnp.exp2(old - top)
     total = fade * total + jnp.sum(p, axis=1)
