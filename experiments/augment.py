@@ -153,11 +153,13 @@ def augment(
     image that a reader has resized is cropped as resized.
 
   Examples:
-    >>> images = jnp.full((2, 8, 8, 1), 255, jnp.uint8)
-    >>> index, view = jnp.array([5, 5]), jnp.array([0, 1], jnp.uint32)
-    >>> augment(jax.random.key(0), images, index, view,
-    ...         recipe=Recipe(shift=1)).sum((1, 2, 3))
-    Array([56., 56.], dtype=float32)
+    >>> images = jnp.arange(128, dtype=jnp.uint8).reshape(2, 8, 8, 1)
+    >>> index, view = jnp.array([0, 1]), jnp.array([3, 3], jnp.uint32)
+    >>> key, recipe = jax.random.key(0), Recipe(flip=0.5, shift=1)
+    >>> both = augment(key, images, index, view, recipe=recipe)
+    >>> second = augment(key, images[1:], index[1:], view[1:], recipe=recipe)
+    >>> both.shape, bool((second[0] == both[1]).all())
+    ((2, 8, 8, 1), True)
   """
   _check(images, recipe)
   if not index.shape == view.shape == images.shape[:1]:
