@@ -122,9 +122,9 @@ class _Draw(NamedTuple):
 
 def augment(
   key: jax.Array,
-  images: jax.Array,
-  index: jax.Array,
-  view: jax.Array,
+  images: jax.Array | np.ndarray,
+  index: jax.Array | np.ndarray,
+  view: jax.Array | np.ndarray,
   *,
   recipe: Recipe,
 ) -> jax.Array:
@@ -188,7 +188,7 @@ def augment(
   return jax.vmap(one)(images, index, view)
 
 
-def plain(images: jax.Array, *, recipe: Recipe) -> jax.Array:
+def plain(images: jax.Array | np.ndarray, *, recipe: Recipe) -> jax.Array:
   """Scales images to [0, 1] and to the size of a recipe, as for evaluation.
 
   Args:
@@ -205,14 +205,14 @@ def plain(images: jax.Array, *, recipe: Recipe) -> jax.Array:
   _check(images, Recipe())
   _, height, width, _ = images.shape
   if recipe.size is None or recipe.size == height == width:
-    return images.astype(jnp.float32) * _UNIT
+    return jnp.asarray(images).astype(jnp.float32) * _UNIT
   box = jnp.array([0.0, 0.0, height, width])
   flip = jnp.array(False)
   x = jax.vmap(lambda image: _resample(image, box, flip, recipe))(images)
   return x.transpose(0, 2, 3, 1)
 
 
-def _check(images: jax.Array, recipe: Recipe):
+def _check(images: jax.Array | np.ndarray, recipe: Recipe):
   if images.ndim != 4 or images.dtype != jnp.uint8:
     raise ValueError(
       'images must be (n, height, width, channels) uint8, got '
