@@ -5,10 +5,12 @@ ask for. Every case is given embeddings and makes one forward and backward pass
 of its loss, gradients in the embeddings included.
 
 `released_sampler` is a restatement: it was written anew from a reading of the
-code that the authors of EMC² released (contrastive_emc2, `sampler.py`, the path
-for fresh augmentations on one process), and does the same tensor operations in
-the same order, with its bookkeeping of timers and messages left out. So it
-stands a little on the fast side of what its users run.
+code that the authors of EMC² released (contrastive_emc2, commit 3641ed9, the
+path for fresh augmentations), and makes the same tensor operations and the same
+gathers, here in a group of one process. Left out are its timers, the exchange
+of states of earlier batches, which a burn-in of one half never uses, and the
+anomaly detection in which it trains. So it stands on the fast side of what its
+users run.
 """
 
 PACKAGES = ('torch', 'libauc', 'pytorch-metric-learning')
@@ -95,6 +97,30 @@ def metric_learning(*, batch_size, size, inverse_temperature, num_samples):
   return call
 
 
+def _group(torch):
+  """Joins the group of one process without which the released code fails."""
+  from torch import distributed
+
+  if not distributed.is_initialized():
+    distributed.init_process_group(
+      'gloo', store=distributed.HashStore(), rank=0, world_size=1
+    )
+  return distributed
+
+
+def _gather(torch, distributed, rows):
+  """Gathers a tensor whose length the other processes do not know."""
+  length = torch.tensor(len(rows))
+  lengths = [torch.tensor(0)]
+  distributed.all_gather(lengths, length)
+  longest = torch.max(torch.stack(lengths))
+  padded = torch.zeros((longest, *rows.shape[1:]), dtype=rows.dtype)
+  padded[:length] = rows
+  found = [torch.zeros_like(padded)]
+  distributed.all_gather(found, padded)
+  return found[0][: lengths[0]]
+
+
 def released_sampler(*, batch_size, size, inverse_temperature, num_samples):
   """EMC² by a Python loop over columns; a restatement, see the module.
 
@@ -103,13 +129,31 @@ def released_sampler(*, batch_size, size, inverse_temperature, num_samples):
   loss gathers them from the similarities. Burn-in is one less than the batch.
   """
   torch = _torch()
+  distributed = _group(torch)
+
+  class Gather(torch.autograd.Function):
+    """Gathers rows; the gradient of what was sent comes back."""
+
+    @staticmethod
+    def forward(context, rows):
+      context.save_for_backward(rows)
+      return _gather(torch, distributed, rows)
+
+    @staticmethod
+    def backward(context, gradient):
+      (rows,) = context.saved_tensors
+      out = torch.zeros_like(rows)
+      out[:] = gradient
+      return out
+
   views = _views(torch, batch_size, size)
   batches = _batches(torch, batch_size, num_samples)
   scores = torch.full((num_samples,), torch.finfo(torch.float32).tiny)
   states = torch.full((num_samples,), -1)
   burn_in = batch_size - 1
   steps = 2 * batch_size
-  own = torch.eye(batch_size, dtype=torch.bool).repeat(2, 2)
+  legs = (slice(0, batch_size), slice(batch_size, steps))
+  blocks = [(rows, columns) for rows in legs for columns in legs]
 
   def walk(index, proposed, rows, chain):
     """One view's rows against all columns; moves the scores in place."""
@@ -123,37 +167,50 @@ def released_sampler(*, batch_size, size, inverse_temperature, num_samples):
       accepted = uniform.uniform_() < score / current
       current[accepted] = score[accepted]
       chain[accepted] = column
+      own = score == 0
       if column > burn_in:
-        pairs.append(torch.stack((rows, chain))[:, score != 0])
+        pairs.append(torch.stack((rows, chain))[:, ~own])
         moves.append(accepted)
     scores[index] = current
-    torch.cat(moves).float().mean()
+    torch.mean(torch.cat(moves).to(torch.float32))
     return torch.hstack(pairs).T, chain
 
   def call():
+    distributed.all_reduce(torch.tensor(batch_size))
+    rows = torch.cat([Gather.apply(view) for view in views])
     index = next(batches)
-    rows = torch.cat(views)
-    similarity = (rows @ rows.T).masked_fill(own, 0.0)
+    everyone = [torch.zeros_like(index)]
+    distributed.all_gather(everyone, index)
+    everyone = torch.hstack((everyone[0], everyone[0]))
+    similarity = torch.matmul(rows, rows.T)
+    own = torch.eye(batch_size, dtype=torch.bool)
+    for block in blocks:
+      similarity[block][own] = 0
     with torch.no_grad():
       proposed = torch.exp(inverse_temperature * similarity).cpu()
-      proposed[own] = 0.0
-      chain, pairs = None, []
-      for view in range(2):
-        first = view * batch_size
-        leg = slice(first, first + batch_size)
-        found, chain = walk(
-          index, proposed[leg], torch.arange(first, leg.stop), chain
-        )
+      for block in blocks:
+        proposed[block][own] = 0
+      chain, pairs, staying = None, [], []
+      for leg in legs:
+        numbers = torch.arange(leg.start, leg.stop)
+        found, chain = walk(index, proposed[leg], numbers, chain)
+        staying.append(found[found[:, 1] == -1][:, 0])
         pairs.append(found)
+      torch.bincount(torch.cat(staying))
+      torch.cat([states[index], states[index]])
       moved = chain != -1
-      states[index[moved]] = index.repeat(2)[chain[moved]]
-      pairs = torch.cat(pairs)
+      states[index[moved]] = everyone[chain[moved]]
+      pairs = _gather(torch, distributed, torch.cat(pairs))
       pairs = pairs[pairs[:, 1] != -1]
-    negatives = similarity[pairs[:, 0], pairs[:, 1]]
-    negatives = negatives.sum() / (steps - 1 - burn_in)
-    positives = (views[0] * views[1]).sum() * 2
-    loss = inverse_temperature * (negatives - positives) / steps
-    loss.backward()
+    negatives = torch.sum(similarity[(pairs[:, 0], pairs[:, 1])])
+    retained = steps - 2 - burn_in
+    positives = torch.sum(views[0] * views[1])
+    torch.autograd.backward(
+      [
+        inverse_temperature * negatives / retained / steps,
+        -inverse_temperature * positives / batch_size,
+      ]
+    )
     for view in views:
       view.grad = None
 
