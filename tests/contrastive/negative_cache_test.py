@@ -3,6 +3,8 @@
 The encoders take the plain view from the last of the views that they hold.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,15 +27,15 @@ def _cache(num_samples, **changes):
 
 
 def _warm(method, params, num_samples, num_views=None):
-  return warm_cache(
-    method.init(KEY, params),
-    params,
-    (),
-    common.embed_table,
-    jnp.arange(num_samples, dtype=jnp.int32),
+  warm = functools.partial(
+    warm_cache,
+    data=(),
+    embed_fn=common.embed_table,
     num_samples=num_samples,
     num_views=num_views,
   )
+  index = jnp.arange(num_samples, dtype=jnp.int32)
+  return jax.jit(warm)(method.init(KEY, params), params, index=index)
 
 
 def _cached_rows(views, num_views=None):
@@ -87,8 +89,8 @@ class DrawTest(parameterized.TestCase):
 
     grads, (_, info) = gradients(jax.random.split(KEY, 20_000))
     want, losses = _numpy_gradient(views, [0, 3], num_views)
-    mean = np.mean(grads['table'], axis=0, dtype=np.float64)
-    error = np.std(grads['table'], axis=0, dtype=np.float64) / np.sqrt(20_000)
+    grads = np.asarray(grads['table'], np.float64)
+    mean, error = grads.mean(axis=0), grads.std(axis=0) / np.sqrt(20_000)
     self.assertLess(np.max(np.abs(mean - want) - 5 * error), 1e-5)
     self.assertLess(common.relative_error(mean, want), 0.02)
     np.testing.assert_allclose(info.loss[0], np.mean(losses), rtol=1e-4)
@@ -128,7 +130,7 @@ class DrawTest(parameterized.TestCase):
     method = _cache(8, num_negatives=7)
     params, one = common.table(views), common.batch([2, 4])
     memory = _warm(method, params, 8)
-    drawn = method.pending(KEY, memory, params, one, common.embed_table)
+    drawn = common.pending(method, KEY, memory, params, one)
     for row, own in zip(drawn[:14].reshape(2, 7), (2, 4), strict=True):
       self.assertSequenceEqual(
         sorted(row.tolist()), [i for i in range(8) if i != own]
@@ -163,11 +165,11 @@ class DrawTest(parameterized.TestCase):
       (_cache(30, capacity=10), None),
     ):
       memory = method.init(KEY, params)
-      for number in range(5):
+      for number in range(3):
         key = jax.random.key(number)
         index = (index + number) % 30
         everything = common.batch(index, data=jnp.ones(30, bool))
-        named = method.pending(key, memory, params, everything, embed)
+        named = common.pending(method, key, memory, params, everything, embed)
         known = np.zeros(30, bool)
         known[index] = known[np.asarray(named)] = True
         result = common.forward(
@@ -267,7 +269,10 @@ class FullCacheTest(parameterized.TestCase):
       method, KEY, memory, params, common.batch([0, 2])
     )
     np.testing.assert_allclose(
-      memory.embedding[[1, 4]], views[[1, 4], [2, 1]], rtol=1e-5, atol=1e-6
+      memory.embedding[jnp.array([1, 4])],
+      views[[1, 4], [2, 1]],
+      rtol=1e-5,
+      atol=1e-6,
     )
 
   def test_warm_by_chunks(self):
@@ -355,7 +360,7 @@ class BoundedCacheTest(parameterized.TestCase):
       free = np.setdiff1d(np.arange(20), owner)
       one = common.batch(rng.permutation(free)[:3])
       key = jax.random.key(step)
-      drawn = method.pending(key, memory, params, one, common.embed_table)
+      drawn = common.pending(method, key, memory, params, one)
       _, (memory, info) = common.forward(method, key, memory, params, one)
       for i in np.asarray(drawn) if step else ():
         (slot,) = np.flatnonzero(owner == i)
