@@ -6,8 +6,7 @@ import numpy as np
 from absl.testing import parameterized
 from scipy import stats
 
-from emc2.contrastive.isogclr import isogclr
-from emc2.contrastive.sogclr import sogclr
+from emc2.contrastive import isogclr, sogclr
 
 from tests.contrastive import common
 
@@ -85,7 +84,7 @@ class IsogclrTest(parameterized.TestCase):
   def test_is_the_official_step(self, **changes):
     """Each option moves the memory as the algorithm says."""
     views, settings = common.clusters(12), {**_SETTINGS, **changes}
-    method = isogclr(12, inverse_temperature=5.0, **settings)
+    method = isogclr.isogclr(12, inverse_temperature=5.0, **settings)
     official = _Official(views, 0.2, **settings)
     plain = _Official(views, 0.2, **_SETTINGS)
     memory, rng = method.init(KEY, None), np.random.default_rng(0)
@@ -118,8 +117,10 @@ class IsogclrTest(parameterized.TestCase):
     """Identity 8."""
     views = common.clusters(12)
     methods = [
-      sogclr(12, inverse_temperature=5.0, gamma=0.6),
-      isogclr(12, inverse_temperature=5.0, gamma=0.6, temperature_step=0.0),
+      sogclr.sogclr(12, inverse_temperature=5.0, gamma=0.6),
+      isogclr.isogclr(
+        12, inverse_temperature=5.0, gamma=0.6, temperature_step=0.0
+      ),
     ]
     memories = [method.init(KEY, None) for method in methods]
     rng = np.random.default_rng(0)
@@ -146,7 +147,7 @@ class IsogclrTest(parameterized.TestCase):
   def test_slope_is_rho_less_the_divergence(self):
     """Identity 7, on a whole data set of two equal views."""
     views = common.clusters(15, view_noise=0.0)
-    method = isogclr(
+    method = isogclr.isogclr(
       15,
       inverse_temperature=5.0,
       rho=0.3,
@@ -178,7 +179,7 @@ class IsogclrTest(parameterized.TestCase):
     settings = dict(inverse_temperature=5.0, gamma=1.0, temperature_step=0.02)
     one = common.batch(np.arange(15))
     for rho, pinned in ((np.log(28) + 0.1, True), (0.1, False)):
-      method = isogclr(15, rho=rho, **settings)
+      method = isogclr.isogclr(15, rho=rho, **settings)
       memory = method.init(KEY, None)
       for _ in range(40):
         _, (memory, _) = common.forward(
@@ -197,7 +198,7 @@ class IsogclrTest(parameterized.TestCase):
     x = common.normalize(centroids[label] + 0.5 * noise)
     views = jnp.float32(np.stack([x, x], axis=1))
     want = [0.52, 0.51, 0.49, 0.48, 0.45, 0.41, 0.39, 0.36, 0.33, 0.29]
-    method = isogclr(
+    method = isogclr.isogclr(
       len(label),
       inverse_temperature=2.0,
       gamma=1.0,
@@ -228,7 +229,7 @@ class IsogclrTest(parameterized.TestCase):
 
   def test_memory_is_twelve_bytes_a_sample(self):
     """Identity 16."""
-    method = isogclr(100_000, inverse_temperature=5.0)
+    method = isogclr.isogclr(100_000, inverse_temperature=5.0)
     memory = jax.eval_shape(method.init, KEY, {})
     arrays = (memory.log_u, memory.temperature, memory.velocity)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
@@ -237,7 +238,7 @@ class IsogclrTest(parameterized.TestCase):
   def test_not_a_number_stays_out_of_the_memory(self):
     """Pitfall 15."""
     views = common.clusters(8)
-    method = isogclr(8, inverse_temperature=5.0)
+    method = isogclr.isogclr(8, inverse_temperature=5.0)
     params, one = common.table(views), common.batch([0, 1, 2])
     memory = method.init(KEY, None)
     _, (memory, _) = common.forward(method, KEY, memory, params, one)
@@ -252,7 +253,7 @@ class IsogclrTest(parameterized.TestCase):
   def test_permuted_batch(self):
     """Identity 15."""
     views = common.clusters(20)
-    method = isogclr(20, inverse_temperature=5.0)
+    method = isogclr.isogclr(20, inverse_temperature=5.0)
     index = np.random.default_rng(0).permutation(20)[:8]
     memories = [
       common.forward(
@@ -286,10 +287,12 @@ class IsogclrTest(parameterized.TestCase):
   def test_refuses(self, changes, message):
     settings = {'num_samples': 8, 'inverse_temperature': 5.0, **changes}
     with self.assertRaisesRegex(ValueError, message):
-      isogclr(**settings)
+      isogclr.isogclr(**settings)
 
   def test_implementation_is_handed_on(self):
-    method = isogclr(4, inverse_temperature=2.0, implementation='no such')
+    method = isogclr.isogclr(
+      4, inverse_temperature=2.0, implementation='no such'
+    )
     with self.assertRaisesRegex(ValueError, 'no such'):
       common.forward(
         method,
@@ -303,7 +306,7 @@ class IsogclrTest(parameterized.TestCase):
 class ShardedIsogclrTest(parameterized.TestCase):
   def test_eight_devices_equal_one(self):
     params, batches = common.linear_problem(40, 16, 4)
-    make = lambda axis_name: isogclr(
+    make = lambda axis_name: isogclr.isogclr(
       40, inverse_temperature=5.0, gamma=0.4, axis_name=axis_name
     )
     common.assert_sharded_equals_single(make, params, batches)
@@ -311,7 +314,7 @@ class ShardedIsogclrTest(parameterized.TestCase):
   def test_collectives(self):
     """As many messages as SogCLR; the second carries three numbers."""
     params, batches = common.linear_problem(40, 16, 1)
-    method = isogclr(40, inverse_temperature=5.0, axis_name='data')
+    method = isogclr.isogclr(40, inverse_temperature=5.0, axis_name='data')
     counts = common.count_collectives(method, params, batches[0])
     self.assertEqual(
       counts, {'all_gather': 3, 'reduce_scatter': 1, 'all_reduce': 3}

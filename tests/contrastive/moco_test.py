@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from emc2.contrastive.moco import moco
+from emc2.contrastive import moco
 
 from tests.contrastive import common
 
@@ -16,7 +16,7 @@ def _moco(**changes):
   settings = dict(
     num_keys=12, embedding_size=16, inverse_temperature=5.0, momentum=0.8
   )
-  return moco(**{**settings, **changes})
+  return moco.moco(**{**settings, **changes})
 
 
 class MocoTest(parameterized.TestCase):

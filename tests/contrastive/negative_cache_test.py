@@ -12,8 +12,7 @@ from absl.testing import parameterized
 from scipy import stats
 
 from emc2 import mesh as mesh_lib
-from emc2.contrastive import estimator
-from emc2.contrastive.negative_cache import negative_cache, warm_cache
+from emc2.contrastive import estimator, negative_cache
 
 from tests.contrastive import common
 
@@ -23,12 +22,12 @@ BETA = 5.0
 
 def _cache(num_samples, **changes):
   settings = dict(embedding_size=16, inverse_temperature=BETA)
-  return negative_cache(num_samples, **{**settings, **changes})
+  return negative_cache.negative_cache(num_samples, **{**settings, **changes})
 
 
 def _warm(method, params, num_samples, num_views=None):
   warm = functools.partial(
-    warm_cache,
+    negative_cache.warm_cache,
     data=(),
     embed_fn=common.embed_table,
     num_samples=num_samples,
@@ -280,7 +279,7 @@ class FullCacheTest(parameterized.TestCase):
     params, method = common.table(views), _cache(11, num_views=3)
     start = memory = method.init(KEY, params)
     for chunk in np.array_split(np.arange(11, dtype=np.int32), 3):
-      memory = warm_cache(
+      memory = negative_cache.warm_cache(
         memory,
         params,
         (),
@@ -487,7 +486,7 @@ class ShardedCacheTest(parameterized.TestCase):
     spec = jax.sharding.PartitionSpec
 
     def warm(memory, index):
-      return warm_cache(
+      return negative_cache.warm_cache(
         memory,
         params,
         (),

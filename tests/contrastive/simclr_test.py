@@ -6,8 +6,7 @@ import numpy as np
 import optax
 from absl.testing import parameterized
 
-from emc2.contrastive import estimator
-from emc2.contrastive.simclr import simclr
+from emc2.contrastive import estimator, simclr
 
 from tests.contrastive import common
 
@@ -38,7 +37,7 @@ class SimclrTest(parameterized.TestCase):
   def test_is_optax_ntxent(self, beta):
     views = common.clusters(12, view_noise=1.0)
     index = np.array([3, 1, 7, 9, 0])
-    method = simclr(inverse_temperature=beta)
+    method = simclr.simclr(inverse_temperature=beta)
     params = common.table(views)
 
     def want_fn(params):
@@ -72,7 +71,7 @@ class SimclrTest(parameterized.TestCase):
   def test_is_the_loop(self, decoupled, size):
     views = common.clusters(9, seed=2, view_noise=1.0)
     index = np.random.default_rng(0).permutation(9)[:size]
-    method = simclr(inverse_temperature=5.0, decoupled=decoupled)
+    method = simclr.simclr(inverse_temperature=5.0, decoupled=decoupled)
     (value, (_, info)), _ = common.gradient(
       method, KEY, (), common.table(views), common.batch(index)
     )
@@ -93,7 +92,7 @@ class SimclrTest(parameterized.TestCase):
       pull[a, others] = (1 - positive[a]) * weights / weights.sum()
       pull[a, (a + 6) % 12] = positive[a] - 1
     want = 5.0 / 12 * (pull + pull.T) @ rows
-    method = simclr(inverse_temperature=5.0)
+    method = simclr.simclr(inverse_temperature=5.0)
     _, grads = common.gradient(
       method,
       KEY,
@@ -106,7 +105,7 @@ class SimclrTest(parameterized.TestCase):
 
   def test_whole_data_set_gives_the_global_gradient(self):
     views = common.clusters(20)
-    method = simclr(inverse_temperature=5.0, decoupled=True)
+    method = simclr.simclr(inverse_temperature=5.0, decoupled=True)
     _, grads = common.gradient(
       method,
       KEY,
@@ -119,7 +118,7 @@ class SimclrTest(parameterized.TestCase):
 
   def test_permuted_batch_gives_the_same_loss(self):
     views = common.clusters(20)
-    method = simclr(inverse_temperature=5.0)
+    method = simclr.simclr(inverse_temperature=5.0)
     index = np.random.default_rng(0).permutation(20)[:8]
     value = lambda index: common.forward(
       method, KEY, (), common.table(views), common.batch(index)
@@ -127,7 +126,7 @@ class SimclrTest(parameterized.TestCase):
     np.testing.assert_allclose(value(index), value(index[::-1]), rtol=1e-6)
 
   def test_finite_at_a_low_temperature(self):
-    method = simclr(inverse_temperature=200.0)
+    method = simclr.simclr(inverse_temperature=200.0)
     (value, _), grads = common.gradient(
       method,
       KEY,
@@ -139,7 +138,7 @@ class SimclrTest(parameterized.TestCase):
     self.assertTrue(np.all(np.isfinite(grads['table'])))
 
   def test_remembers_nothing(self):
-    method = simclr(inverse_temperature=5.0)
+    method = simclr.simclr(inverse_temperature=5.0)
     self.assertEmpty(jax.tree.leaves(method.init(KEY, {})))
     pending = method.pending(KEY, (), {}, None, None)
     self.assertEqual(pending.shape, (0,))
@@ -152,10 +151,10 @@ class SimclrTest(parameterized.TestCase):
   )
   def test_refuses(self, settings, message):
     with self.assertRaisesRegex(ValueError, message):
-      simclr(**settings)
+      simclr.simclr(**settings)
 
   def test_refuses_a_batch_of_one(self):
-    method = simclr(inverse_temperature=1.0)
+    method = simclr.simclr(inverse_temperature=1.0)
     with self.assertRaisesRegex(ValueError, 'at least 2'):
       common.gradient(
         method,
@@ -166,7 +165,7 @@ class SimclrTest(parameterized.TestCase):
       )
 
   def test_implementation_is_handed_on(self):
-    method = simclr(inverse_temperature=1.0, implementation='no such')
+    method = simclr.simclr(inverse_temperature=1.0, implementation='no such')
     with self.assertRaisesRegex(ValueError, 'no such'):
       common.gradient(
         method,
@@ -181,7 +180,7 @@ class ShardedSimclrTest(parameterized.TestCase):
   @parameterized.parameters(False, True)
   def test_eight_devices_equal_one(self, decoupled):
     params, batches = common.linear_problem(40, 16, 2)
-    make = lambda axis_name: simclr(
+    make = lambda axis_name: simclr.simclr(
       inverse_temperature=5.0, decoupled=decoupled, axis_name=axis_name
     )
     common.assert_sharded_equals_single(make, params, batches)
@@ -189,7 +188,7 @@ class ShardedSimclrTest(parameterized.TestCase):
   def test_collectives(self):
     """Embeddings out and back, the gradient, the value and the numbers."""
     params, batches = common.linear_problem(40, 16, 1)
-    method = simclr(inverse_temperature=5.0, axis_name='data')
+    method = simclr.simclr(inverse_temperature=5.0, axis_name='data')
     counts = common.count_collectives(method, params, batches[0])
     self.assertEqual(
       counts, {'all_gather': 1, 'reduce_scatter': 1, 'all_reduce': 3}
@@ -201,7 +200,7 @@ class BatchTest(parameterized.TestCase):
     views = common.clusters(10, 4)
     index, view = np.array([2, 5, 9]), np.array([[3, 0, 1], [1, 2, 0]])
     batch = estimator.Batch(jnp.int32(index), jnp.uint32(view))
-    method = simclr(inverse_temperature=5.0)
+    method = simclr.simclr(inverse_temperature=5.0)
     value, _ = common.forward(method, KEY, (), common.table(views), batch)
     rows = np.concatenate([views[index, view[0]], views[index, view[1]]])
     want = _numpy_losses(rows, 5.0, False)[0].mean()

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from emc2.contrastive import moving_average
-from emc2.contrastive.simclr import simclr
-from emc2.contrastive.sogclr import sogclr
+from emc2.contrastive import moving_average, simclr, sogclr
 
 from tests.contrastive import common
 
@@ -50,7 +48,7 @@ class SogclrTest(parameterized.TestCase):
   def test_is_the_official_step(self, gamma):
     """Identities 3.2 and 11, on the scale of the mean with beta."""
     views, beta = common.clusters(12), 10.0
-    method = sogclr(12, inverse_temperature=beta, gamma=gamma)
+    method = sogclr.sogclr(12, inverse_temperature=beta, gamma=gamma)
     params, memory = common.table(views), method.init(KEY, None)
     rng, u = np.random.default_rng(0), np.zeros(12)
     for _ in range(6):
@@ -67,7 +65,7 @@ class SogclrTest(parameterized.TestCase):
   def test_gamma_of_one_is_decoupled_simclr(self, beta):
     """Identity 1; the global loss of the batch alone is decoupled SimCLR."""
     views, index = common.clusters(12), np.array([4, 2, 9, 0, 7])
-    method = sogclr(12, inverse_temperature=beta, gamma=1.0)
+    method = sogclr.sogclr(12, inverse_temperature=beta, gamma=1.0)
     memory = method.init(KEY, None)
     for _ in range(2):
       (_, (memory, _)), grads = common.gradient(
@@ -81,7 +79,7 @@ class SogclrTest(parameterized.TestCase):
   def test_whole_data_set(self, gamma):
     """Identities 3 and 12: u = g at once and for ever; the exact gradient."""
     views = common.clusters(20)
-    method = sogclr(20, inverse_temperature=5.0, gamma=gamma)
+    method = sogclr.sogclr(20, inverse_temperature=5.0, gamma=gamma)
     memory = method.init(KEY, None)
     g = _mean_exponentials(views, np.arange(20), 5.0).mean(axis=0)
     one = common.batch(np.arange(20))
@@ -98,7 +96,7 @@ class SogclrTest(parameterized.TestCase):
   def test_whole_data_set_gives_the_global_gradient_for_ever(self):
     """Identity 3 where both views of a sample see the same negatives."""
     views = common.clusters(10, view_noise=0.0)
-    method = sogclr(10, inverse_temperature=5.0, gamma=0.3)
+    method = sogclr.sogclr(10, inverse_temperature=5.0, gamma=0.3)
     memory = method.init(KEY, None)
     want = common.numpy_global_gradient(views, 5.0)
     for _ in range(3):
@@ -114,7 +112,7 @@ class SogclrTest(parameterized.TestCase):
   def test_average_has_its_closed_form(self):
     """Identity 4."""
     views, gamma = common.clusters(12), 0.4
-    method = sogclr(12, inverse_temperature=5.0, gamma=gamma)
+    method = sogclr.sogclr(12, inverse_temperature=5.0, gamma=gamma)
     memory, rng, g = method.init(KEY, None), np.random.default_rng(0), []
     for _ in range(5):
       index = np.append(0, 1 + rng.permutation(11)[:3])
@@ -132,7 +130,7 @@ class SogclrTest(parameterized.TestCase):
     views, num_steps = common.clusters(40), 12_000
     variance = {}
     for value in (1.0, gamma):
-      method = sogclr(40, inverse_temperature=5.0, gamma=value)
+      method = sogclr.sogclr(40, inverse_temperature=5.0, gamma=value)
       collect = lambda grads, memory, info: memory.log_u
       _, log_u = common.scan_table(method, views, 4, num_steps, collect)
       u = np.exp(np.float64(log_u[num_steps // 10 :]))
@@ -144,7 +142,7 @@ class SogclrTest(parameterized.TestCase):
   def test_average_is_bounded(self, gamma):
     """Identity 6."""
     views, beta = common.clusters(30), 14.28
-    method = sogclr(30, inverse_temperature=beta, gamma=gamma)
+    method = sogclr.sogclr(30, inverse_temperature=beta, gamma=gamma)
     collect = lambda grads, memory, info: memory.log_u
     _, log_u = common.scan_table(method, views, 4, 200, collect)
     visited = log_u[np.isfinite(log_u)]
@@ -155,7 +153,7 @@ class SogclrTest(parameterized.TestCase):
   def test_unvisited_count_in_full_one_by_one(self):
     """Pitfall 3: a batch of seen and unseen samples."""
     views = common.clusters(8)
-    method = sogclr(8, inverse_temperature=5.0, gamma=0.2)
+    method = sogclr.sogclr(8, inverse_temperature=5.0, gamma=0.2)
     memory = method.init(KEY, None)
     self.assertTrue(np.all(np.isneginf(memory.log_u)))
     u = np.zeros(8)
@@ -169,7 +167,7 @@ class SogclrTest(parameterized.TestCase):
   def test_finite_at_a_low_temperature(self):
     """Identity 11: e^200 fits no float32, and neither does 1e-38."""
     views = common.clusters(12)
-    method = sogclr(12, inverse_temperature=200.0, gamma=0.5)
+    method = sogclr.sogclr(12, inverse_temperature=200.0, gamma=0.5)
     memory, params = method.init(KEY, None), common.table(views)
     for start in (0, 3, 6, 0):
       index = np.arange(start, start + 6)
@@ -183,7 +181,7 @@ class SogclrTest(parameterized.TestCase):
   def test_weights_add_up_to_g_over_u(self):
     """Identity 13, and the rest of the info."""
     views, u = common.clusters(10), np.zeros(10)
-    method = sogclr(10, inverse_temperature=5.0, gamma=0.3)
+    method = sogclr.sogclr(10, inverse_temperature=5.0, gamma=0.3)
     memory = method.init(KEY, None)
     for index in (np.arange(5), np.arange(2, 7)):
       g = _mean_exponentials(views, index, 5.0)
@@ -201,7 +199,7 @@ class SogclrTest(parameterized.TestCase):
   def test_permuted_batch(self):
     """Identity 15."""
     views = common.clusters(20)
-    method = sogclr(20, inverse_temperature=5.0, gamma=0.5)
+    method = sogclr.sogclr(20, inverse_temperature=5.0, gamma=0.5)
     index = np.random.default_rng(0).permutation(20)[:8]
     results = []
     for order in (index, index[::-1]):
@@ -216,7 +214,7 @@ class SogclrTest(parameterized.TestCase):
   def test_memory_is_four_bytes_a_sample(self):
     """Identity 16."""
     memory = jax.eval_shape(
-      sogclr(100_000, inverse_temperature=5.0).init, KEY, {}
+      sogclr.sogclr(100_000, inverse_temperature=5.0).init, KEY, {}
     )
     self.assertEqual(memory.log_u.size * memory.log_u.dtype.itemsize, 400_000)
     self.assertEqual(memory.count.shape, ())
@@ -224,7 +222,7 @@ class SogclrTest(parameterized.TestCase):
   def test_not_a_number_stays_out_of_the_memory(self):
     """Pitfall 15: the loss says it, the average does not learn it."""
     views = common.clusters(8)
-    method = sogclr(8, inverse_temperature=5.0, gamma=0.5)
+    method = sogclr.sogclr(8, inverse_temperature=5.0, gamma=0.5)
     memory = method.init(KEY, None)
     params = common.table(views)
     step = lambda memory, params: common.forward(
@@ -240,7 +238,7 @@ class SogclrTest(parameterized.TestCase):
   def test_gamma_may_follow_a_schedule(self):
     views, gammas = common.clusters(8), np.array([1.0, 0.2, 0.7], np.float32)
     schedule = lambda count: jnp.asarray(gammas)[count]
-    method = sogclr(8, inverse_temperature=5.0, gamma=schedule)
+    method = sogclr.sogclr(8, inverse_temperature=5.0, gamma=schedule)
     memory, u = method.init(KEY, None), np.zeros(8)
     for step, index in enumerate(([0, 1, 2], [0, 2, 3], [0, 1, 5])):
       _, (memory, _) = common.forward(
@@ -260,11 +258,11 @@ class SogclrTest(parameterized.TestCase):
   )
   def test_refuses(self, num_samples, settings, message):
     with self.assertRaisesRegex(ValueError, message):
-      sogclr(num_samples, **settings)
+      sogclr.sogclr(num_samples, **settings)
 
   def test_refuses_a_batch_of_one(self):
     """Pitfall 9."""
-    method = sogclr(4, inverse_temperature=1.0)
+    method = sogclr.sogclr(4, inverse_temperature=1.0)
     with self.assertRaisesRegex(ValueError, 'at least 2'):
       common.forward(
         method,
@@ -275,7 +273,7 @@ class SogclrTest(parameterized.TestCase):
       )
 
   def test_implementation_is_handed_on(self):
-    method = sogclr(4, inverse_temperature=1.0, implementation='no such')
+    method = sogclr.sogclr(4, inverse_temperature=1.0, implementation='no such')
     with self.assertRaisesRegex(ValueError, 'no such'):
       common.forward(
         method,
@@ -291,9 +289,9 @@ class BiasTest(parameterized.TestCase):
     """Identity 17: a small gamma removes most of SimCLR's bias."""
     views, beta = common.clusters(100), 5.0
     methods = {
-      'simclr': simclr(inverse_temperature=beta, decoupled=True),
-      'sogclr 0.9': sogclr(100, inverse_temperature=beta, gamma=0.9),
-      'sogclr 0.1': sogclr(100, inverse_temperature=beta, gamma=0.1),
+      'simclr': simclr.simclr(inverse_temperature=beta, decoupled=True),
+      'sogclr 0.9': sogclr.sogclr(100, inverse_temperature=beta, gamma=0.9),
+      'sogclr 0.1': sogclr.sogclr(100, inverse_temperature=beta, gamma=0.1),
     }
     error = {
       (name, size): common.bias(method, views, beta, size, visits=600)
@@ -323,7 +321,7 @@ class BiasTest(parameterized.TestCase):
 class ShardedSogclrTest(parameterized.TestCase):
   def test_eight_devices_equal_one(self):
     params, batches = common.linear_problem(40, 16, 4)
-    make = lambda axis_name: sogclr(
+    make = lambda axis_name: sogclr.sogclr(
       40, inverse_temperature=5.0, gamma=0.4, axis_name=axis_name
     )
     common.assert_sharded_equals_single(make, params, batches)
@@ -331,7 +329,7 @@ class ShardedSogclrTest(parameterized.TestCase):
   def test_collectives(self):
     """Those of SimCLR, and 8 bytes a sample: its number and its average."""
     params, batches = common.linear_problem(40, 16, 1)
-    method = sogclr(40, inverse_temperature=5.0, axis_name='data')
+    method = sogclr.sogclr(40, inverse_temperature=5.0, axis_name='data')
     counts = common.count_collectives(method, params, batches[0])
     self.assertEqual(
       counts, {'all_gather': 3, 'reduce_scatter': 1, 'all_reduce': 3}
