@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from emc2.kernels import lowering
 from emc2.kernels.metropolis import pallas_gpu, pallas_tpu, reference
@@ -11,6 +12,11 @@ from emc2.kernels.metropolis import pallas_gpu, pallas_tpu, reference
 IMPLEMENTATIONS = (
     'auto', 'xla', 'sequential', 'associative', 'pallas_tpu', 'pallas_gpu',
 )  # fmt: skip
+
+
+def _is_known(x):
+  """Whether the values can be read here and now."""
+  return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
 
 
 def _check(key, rows, columns, position, start, beta, discard, own_steps):
@@ -41,12 +47,12 @@ def _check(key, rows, columns, position, start, beta, discard, own_steps):
       f'position must be {n} integers, got {position.dtype} of shape '
       f'{position.shape}.'
     )
-  if not isinstance(position, jax.core.Tracer):
-    low, high = int(jnp.min(position)), int(jnp.max(position))
-    if low < 0 or high >= c:
+  if _is_known(position):
+    values = np.asarray(position)
+    if values.min() < 0 or values.max() >= c:
       raise ValueError(
         f'position must be in [0, {c}), the number of columns, got values '
-        f'from {low} to {high}.'
+        f'from {values.min()} to {values.max()}.'
       )
   if start.shape != (n,) or not jnp.issubdtype(start.dtype, jnp.floating):
     raise ValueError(
@@ -58,8 +64,7 @@ def _check(key, rows, columns, position, start, beta, discard, own_steps):
       'inverse_temperature must be a floating scalar, got '
       f'{beta.dtype} of shape {beta.shape}.'
     )
-  known = not isinstance(beta, jax.core.Tracer)
-  if known and not (math.isfinite(float(beta)) and float(beta) > 0):
+  if _is_known(beta) and not (math.isfinite(float(beta)) and float(beta) > 0):
     raise ValueError(
       f'inverse_temperature must be finite and positive, got {beta}.'
     )

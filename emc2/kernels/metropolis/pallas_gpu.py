@@ -26,6 +26,10 @@ _DEPTH = 64  # Features to a chunk: one row of the widest swizzle.
 _STAGES = 4  # Chunks of columns in flight.
 _CHAINS = (8, 16, 32, 64)
 _UNROLL = 4
+# Of two interfaces: before JAX 0.11 a load takes an index beside its reference,
+# stores need no leave to go in pieces, and the interpreter knows no layouts and
+# no matrix instruction on a transposed operand.
+_FIRST_INTERFACE = not hasattr(plgpu, 'store')
 
 
 def _parts(dtype: Any) -> int:
@@ -50,6 +54,8 @@ def _chains(n: int, d: int, c: int, dtype: Any) -> int | None:
 def misfit(rows: jax.Array, columns: jax.Array) -> str | None:
   """Why the kernel cannot take these shapes; None where it can."""
   (n, d), c = rows.shape, columns.shape[0]
+  if _FIRST_INTERFACE and jax.typeof(rows).manual_axis_type.varying:
+    return 'pallas_gpu in a shard_map of JAX 0.10 needs check_vma=False.'
   if _chains(n, d, c, rows.dtype) is None:
     need = _shared_bytes(_CHAINS[0], d, c, rows.dtype)
     return (
@@ -66,12 +72,6 @@ def _split(x: jax.Array) -> list[jax.Array]:
     return [high]
   low = x.astype(jnp.float32) - high.astype(jnp.float32)
   return [high, low.astype(jnp.bfloat16)]
-
-
-# Of two interfaces: before JAX 0.11 a load takes an index beside its reference,
-# stores need no leave to go in pieces, and the interpreter knows no layouts and
-# no matrix instruction on a transposed operand.
-_FIRST_INTERFACE = not hasattr(plgpu, 'store')
 
 
 def _load(ref: Any, index: Any, layout: Any) -> jax.Array:
@@ -184,7 +184,7 @@ def _kernel(
     def some(i, carry):
       now, word = carry
       for k in range(_UNROLL):
-        at = i * _UNROLL + k
+        at = i.astype(jnp.int32) * _UNROLL + k
         accept = now < read(high, base + at)
         now = jnp.where(accept, read(logit, base + at), now)
         bit = jax.lax.shift_left(jnp.int32(1), at)
@@ -197,6 +197,7 @@ def _kernel(
 
   def forward(block, carry):
     now, top = carry
+    block = block.astype(jnp.int32)
     offset = plgpu.broadcasted_iota(
       jnp.int32, tile_shape, 0, layout=plgpu.Layout.WGMMA if layouts else None
     )
@@ -229,12 +230,12 @@ def _kernel(
   _store(peak, mine, top)
 
   def backward(i, carry):
-    w = blocks * (reference.BLOCK // _WORD) - 1 - i
+    w = blocks * (reference.BLOCK // _WORD) - 1 - i.astype(jnp.int32)
     word = read(flags, w)
 
     def pair(j, carry):
       following, final, moves = carry
-      j = _WORD // 2 - 1 - j
+      j = _WORD // 2 - 1 - j.astype(jnp.int32)
       packed = full(0, jnp.int32)
       for odd in (1, 0):
         column = w * _WORD + 2 * j + odd

@@ -44,7 +44,7 @@ def _kernel(
   visit = pl.program_id(1)
   tile = jnp.where(visit < tiles, visit, 2 * tiles - 1 - visit)
   half = width // 2
-  own = jax.lax.rem(position[...], half)
+  own = jax.lax.rem(position[...], jnp.full_like(position[...], half))
   steps = functools.partial(
     reference.step_number, own=own, half=half, own_steps=own_steps
   )
@@ -86,6 +86,7 @@ def _kernel(
       peak[...] = jnp.maximum(peak[...], top)
 
     def walk(w, now):
+      w = w.astype(jnp.int32)
       word = jnp.zeros((1, LANES), jnp.int32)
       for k in range(WORD):
         at = pl.ds(w * WORD + k, 1)
@@ -106,7 +107,7 @@ def _kernel(
   @pl.when(visit >= tiles)
   def _():
     def walk(i, carry):
-      w = TILE // WORD - 1 - i
+      w = TILE // WORD - 1 - i.astype(jnp.int32)
       following, final, moves = carry
       word = flags[pl.ds(tile * (TILE // WORD) + w, 1), :]
       for k in reversed(range(WORD)):

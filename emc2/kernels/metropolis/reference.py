@@ -185,7 +185,7 @@ def sequential(
     carry = (
       logit,
       jnp.maximum(last, at),
-      accepted + jnp.sum(retained, axis=0),
+      accepted + jnp.sum(retained, axis=0, dtype=jnp.int32),
       jnp.maximum(peak, top),
     )
     return carry, accept
@@ -279,7 +279,7 @@ def associative(
     stay=jnp.maximum(ahead[0] - discard, 0),
     last=jnp.max(jnp.where(accept, number[:, None], -1), axis=0),
     last_logit=after[-1],
-    accepted=jnp.sum(retained, axis=0),
+    accepted=jnp.sum(retained, axis=0, dtype=jnp.int32),
     peak=jnp.max(jnp.where(step <= discard, h, -jnp.inf), axis=0),
   )
 
