@@ -240,6 +240,18 @@ def _emc2(config, num_samples, axis_name, **settings):
   )
 
 
+def _negative_cache(config, num_samples, axis_name):
+  return contrastive.negative_cache.negative_cache(
+    num_samples,
+    embedding_size=config.embedding,
+    inverse_temperature=config.inverse_temperature,
+    num_views=config.num_views or None,
+    refresh_fraction=config.refresh,
+    num_shards=config.devices if axis_name else 1,
+    axis_name=axis_name,
+  )
+
+
 _RESAMPLE = dict(
   proposals='resample',
   burn_in=0.0,
@@ -270,6 +282,13 @@ METHODS = {
   'dcl': lambda config, num_samples, axis_name: contrastive.simclr.simclr(
     inverse_temperature=config.inverse_temperature,
     decoupled=True,
+    axis_name=axis_name,
+  ),
+  'negative_cache': _negative_cache,
+  'moco': lambda config, num_samples, axis_name: contrastive.moco.moco(
+    config.num_keys,
+    embedding_size=config.embedding,
+    inverse_temperature=config.inverse_temperature,
     axis_name=axis_name,
   ),
 }
@@ -334,12 +353,15 @@ def resolve(config: Config) -> Config:
 
 def open_task(config: Config) -> Task:
   """Opens the data and builds the encoder of a resolved config."""
-  dataset = data_lib.open(
-    config.data,
-    config.split,
-    config.image_size,
-    memory_limit=config.memory_limit,
-  )
+  return make_task(config, _open(config, config.split))
+
+
+def make_task(config: Config, dataset: data_lib.Dataset) -> Task:
+  """Builds the encoder of a resolved config for images that are there.
+
+  Raises:
+    ValueError: If the data do not fit the settings.
+  """
   recipe = augment.RECIPES[config.recipe]
   height, width, channels = dataset.image_shape
   if recipe.size is not None:
@@ -351,6 +373,11 @@ def open_task(config: Config) -> Task:
   if config.devices != 1:
     devices = jax.devices()
     count = len(devices) if config.devices == -1 else config.devices
+    if not 1 <= count <= len(devices):
+      raise ValueError(
+        f'devices must be -1 or from 1 to {len(devices)}, got {count}.'
+      )
+    config = dataclasses.replace(config, devices=count)
     mesh = mesh_lib.make(devices[:count], data=count)
     if config.batch_size % count:
       raise ValueError(
@@ -533,8 +560,9 @@ def make_loader(
     return mesh_lib.place(batch, task.mesh, specs)
 
   def load(key, state, number):
-    batch = draw_batch(task, seed, key, int(number), ())
+    batch = draw_batch(task, seed, key, number, ())
     index = np.asarray(batch.index)
+    contrastive.check_batch(index, dataset.num_samples)
     images = dataset.fetch(index)
     batch = batch._replace(data=Loaded(index, images, *nothing))
     more = np.asarray(name_more(key, state, batch))
@@ -542,6 +570,35 @@ def make_loader(
     return place(batch._replace(data=loaded))
 
   return load
+
+
+def warm_cache(
+  task: Task,
+  state: contrastive.State,
+  embed_fn: contrastive.EmbedFn,
+  data: jax.Array | None,
+) -> Any:
+  """Fills the negative cache with the embeddings of all samples."""
+  dataset = task.dataset
+  fill = jax.jit(
+    functools.partial(
+      contrastive.negative_cache.warm_cache,
+      embed_fn=embed_fn,
+      num_samples=dataset.num_samples,
+      num_views=task.config.num_views or None,
+    )
+  )
+  memory, size = state.memory, min(256, dataset.num_samples)
+  for first in range(0, dataset.num_samples, size):
+    # The last chunk goes back a little, so that all have one shape.
+    first = min(first, dataset.num_samples - size)
+    index = np.arange(first, first + size, dtype=np.int32)
+    chunk = data
+    if data is None:
+      images = dataset.fetch(index)
+      chunk = Loaded(index, images, index[:0], images[:0])
+    memory = fill(memory, state.params, chunk, index=index)
+  return memory
 
 
 def train(task: Task, method: str, seed: int, workdir: epath.Path) -> Any:
@@ -565,6 +622,9 @@ def train(task: Task, method: str, seed: int, workdir: epath.Path) -> Any:
   if task.mesh is not None:
     key, params, data = mesh_lib.place((key, params, data), task.mesh)
   state = jax.jit(algorithm.init)(key, params)
+  if method == 'negative_cache' and task.mesh is None:
+    memory = warm_cache(task, state, embed_fn, data)
+    state = state._replace(memory=memory)
 
   def step(key, state, batch):
     if task.dataset.in_memory:
@@ -576,7 +636,7 @@ def train(task: Task, method: str, seed: int, workdir: epath.Path) -> Any:
   if not task.dataset.in_memory:
     prepare = make_loader(task, estimator, embed_fn, seed)
   num_steps = config.num_epochs * task.steps_per_epoch
-  exact = config.num_views and task.mesh is None
+  exact = config.num_views and task.dataset.in_memory and task.mesh is None
   exact &= task.dataset.num_samples * config.num_views <= config.exact
   measure = None
   if exact:
@@ -606,9 +666,7 @@ def probe(task: Task, seed: int, params: Any) -> dict[str, float]:
   config = task.config
   features, labels = {}, {}
   for split in ('train', 'test'):
-    dataset = data_lib.open(
-      config.data, split, config.image_size, memory_limit=config.memory_limit
-    )
+    dataset = _open(config, split)
     features[split] = evaluate.extract_features(
       task.encoder.apply_features,
       params,
@@ -725,6 +783,15 @@ def draw(config: Config, runs: dict[tuple[str, int], tuple[dict, dict]]) -> Any:
     f'{config.inverse_temperature:.3g}, {config.num_seeds} seeds'
   )
   return drawn
+
+
+def _open(config, split):
+  return data_lib.open(
+    config.data,
+    split,
+    config.image_size,
+    memory_limit=config.memory_limit,
+  )
 
 
 def _build(rngs, *, config, image_shape):

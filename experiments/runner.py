@@ -196,7 +196,8 @@ def train(
       pair (batch, constants).
     prepare: `(key, state, batch) -> batch`, on the host before each step, with
       the step's own key, for what must be fetched because the state names it;
-      what it returns is placed as it shall be. Needs `steps_per_call=1`.
+      what it returns is placed as it shall be. Without `batches` it is given
+      the number of the step, an int. Needs `steps_per_call=1`.
     key: Typed PRNG key, (); the root of all the run's randomness.
     num_steps: Steps of the whole run, at least 1.
     workdir: Folder of this one training: checkpoints and metrics.
@@ -488,7 +489,9 @@ def _compile(
 def _prepared(prepare, key, state, batch, done):
   """What `prepare` makes of one batch, with a leading axis of one step."""
   with jax.transfer_guard('allow'):
-    if batch is not None:
+    if batch is None:
+      batch = done
+    else:
       batch = jax.tree.map(lambda x: x[0], batch)
     batch = prepare(jax.random.fold_in(key, done), state, batch)
     return jax.tree.map(lambda x: x[None], batch)

@@ -7,6 +7,8 @@ A method is made by the function that bears its file's name, for instance
 from emc2.contrastive import (
   emc2,
   isogclr,
+  moco,
+  negative_cache,
   objective,
   simclr,
   sogclr,
@@ -40,6 +42,8 @@ __all__ = [
   'embed_batch',
   'emc2',
   'isogclr',
+  'moco',
+  'negative_cache',
   'objective',
   'shard_surrogate',
   'simclr',
