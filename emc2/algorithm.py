@@ -19,12 +19,12 @@ class Algorithm(NamedTuple):
 
 
 def scan(
-    key: jax.Array,
-    state: Any,
-    batches: Any,
-    step: Callable[[jax.Array, Any, Any], tuple[Any, Any]],
-    *,
-    start: jax.typing.ArrayLike = 0,
+  key: jax.Array,
+  state: Any,
+  batches: Any,
+  step: Callable[[jax.Array, Any, Any], tuple[Any, Any]],
+  *,
+  start: jax.typing.ArrayLike = 0,
 ) -> tuple[Any, Any]:
   """Runs one step per leading entry of `batches`, in one compiled loop.
 
@@ -53,5 +53,7 @@ def scan(
     number, batch = numbered
     return step(jax.random.fold_in(key, number), state, batch)
 
-  numbers = jnp.asarray(start, jnp.int32) + jnp.arange(num_steps, dtype=jnp.int32)
+  numbers = jnp.asarray(start, jnp.int32) + jnp.arange(
+    num_steps, dtype=jnp.int32
+  )
   return jax.lax.scan(body, state, (numbers, batches))

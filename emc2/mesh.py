@@ -16,9 +16,9 @@ AXES = (DATA, FSDP, TENSOR, STAGE, RING, AGENT)
 
 
 def start(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
 ) -> None:
   """Joins the processes of one run; does nothing for a run of one process.
 
@@ -35,18 +35,18 @@ def start(
   if coordinator is None:
     if num_processes not in (None, 1) or process_id not in (None, 0):
       raise ValueError(
-          'coordinator must name host:port when num_processes or process_id '
-          f'is given, got {num_processes=}, {process_id=}.'
+        'coordinator must name host:port when num_processes or process_id '
+        f'is given, got {num_processes=}, {process_id=}.'
       )
     return
   if num_processes is None or process_id is None:
     raise ValueError(
-        'num_processes and process_id must be given with coordinator, got '
-        f'{num_processes=}, {process_id=}.'
+      'num_processes and process_id must be given with coordinator, got '
+      f'{num_processes=}, {process_id=}.'
     )
   if not 0 <= process_id < num_processes:
     raise ValueError(
-        f'process_id must lie in [0, {num_processes}), got {process_id}.'
+      f'process_id must lie in [0, {num_processes}), got {process_id}.'
     )
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.distributed.initialize(coordinator, num_processes, process_id)
@@ -92,7 +92,7 @@ def make(devices: Any = None, **axes: int) -> jax.sharding.Mesh:
     sizes[sizes.index(-1)] = max(1, len(devices) // rest)
   if math.prod(sizes) != len(devices):
     raise ValueError(
-        f'axes must multiply to {len(devices)} devices, got {axes}.'
+      f'axes must multiply to {len(devices)} devices, got {axes}.'
     )
   kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
   grid = np.asarray(devices).reshape(sizes)
@@ -123,9 +123,7 @@ def place(tree: Any, mesh: jax.sharding.Mesh, specs: Any = None) -> Any:
   return jax.tree.map(put, specs, tree, is_leaf=is_spec)
 
 
-def gather_shards(
-    tree: Any, mesh: jax.sharding.Mesh, specs: Any = None
-) -> Any:
+def gather_shards(tree: Any, mesh: jax.sharding.Mesh, specs: Any = None) -> Any:
   """Joins each process's own rows into global arrays on a mesh.
 
   Args:

@@ -12,9 +12,9 @@ P = jax.sharding.PartitionSpec
 
 class MakeTest(parameterized.TestCase):
   @parameterized.parameters(
-      ({}, {'data': 8}),
-      ({'data': 2, 'tensor': -1}, {'data': 2, 'tensor': 4}),
-      ({'ring': 8}, {'ring': 8}),
+    ({}, {'data': 8}),
+    ({'data': 2, 'tensor': -1}, {'data': 2, 'tensor': 4}),
+    ({'ring': 8}, {'ring': 8}),
   )
   def test_sizes(self, asked, want):
     self.assertEqual(dict(mesh_lib.make(**asked).shape), want)
@@ -26,11 +26,11 @@ class MakeTest(parameterized.TestCase):
     self.assertEqual(mesh.devices[1, 0], devices[2])
 
   @parameterized.parameters(
-      ({'batch': 8}, "named in .* got 'batch'"),
-      ({'data': 3}, 'multiply to 8 devices, got'),
-      ({'data': 0}, 'at least 1, got 0'),
-      ({'data': -1, 'fsdp': -1}, 'at most one axis'),
-      ({'data': 16, 'fsdp': -1}, 'multiply to 8 devices, got'),
+    ({'batch': 8}, "named in .* got 'batch'"),
+    ({'data': 3}, 'multiply to 8 devices, got'),
+    ({'data': 0}, 'at least 1, got 0'),
+    ({'data': -1, 'fsdp': -1}, 'at most one axis'),
+    ({'data': 16, 'fsdp': -1}, 'multiply to 8 devices, got'),
   )
   def test_refuses(self, asked, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -67,12 +67,12 @@ class StartTest(parameterized.TestCase):
     self.assertEqual(jax.process_count(), 1)
 
   @parameterized.parameters(
-      ({'num_processes': 2}, 'coordinator must name'),
-      ({'coordinator': 'localhost:1'}, 'must be given with coordinator'),
-      (
-          {'coordinator': 'a:1', 'num_processes': 2, 'process_id': 2},
-          r'\[0, 2\), got 2',
-      ),
+    ({'num_processes': 2}, 'coordinator must name'),
+    ({'coordinator': 'localhost:1'}, 'must be given with coordinator'),
+    (
+      {'coordinator': 'a:1', 'num_processes': 2, 'process_id': 2},
+      r'\[0, 2\), got 2',
+    ),
   )
   def test_refuses(self, asked, message):
     with self.assertRaisesRegex(ValueError, message):

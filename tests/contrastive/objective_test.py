@@ -28,19 +28,19 @@ def _loop(x, beta):
 
 class GlobalLossTest(parameterized.TestCase):
   @parameterized.product(
-      shape=[(2, 2), (7, 2), (5, 3)], beta=[0.5, 14.28], block_size=[1, 4, 1024]
+    shape=[(2, 2), (7, 2), (5, 3)], beta=[0.5, 14.28], block_size=[1, 4, 1024]
   )
   def test_equals_a_loop(self, shape, beta, block_size):
     x = _embeddings(*shape)
     got = objective.global_loss(
-        jnp.float32(x), inverse_temperature=beta, block_size=block_size
+      jnp.float32(x), inverse_temperature=beta, block_size=block_size
     )
     np.testing.assert_allclose(got, _loop(x, beta), rtol=1e-5, atol=1e-5)
 
   def test_gradient_by_differences(self):
     x = _embeddings(4, 2)
     loss = lambda x: objective.global_loss(
-        x, inverse_temperature=5.0, block_size=3
+      x, inverse_temperature=5.0, block_size=3
     )
     got = jax.grad(loss)(jnp.float32(x))
     want = np.zeros_like(x)
@@ -68,6 +68,6 @@ class EmbedAllTest(parameterized.TestCase):
     views = jnp.array([[3, 0, 1]] * 5, jnp.uint32)
     embed_fn = lambda params, data, index, view: params[index, view]
     got = objective.embed_all(
-        table, (), embed_fn, num_samples=5, views=views, block_size=block_size
+      table, (), embed_fn, num_samples=5, views=views, block_size=block_size
     )
     np.testing.assert_array_equal(got, table[:, jnp.array([3, 0, 1])])
