@@ -147,8 +147,8 @@ class CheckpointsTest(parameterized.TestCase):
     self.assertEqual(restored['x'].sharding, place('data'))
 
   # When one read fails, Orbax leaves the others of the checkpoint unawaited.
-  @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
   @parameterized.parameters(_halve, _flip, _remove, _empty_page, _lose_page)
+  @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
   def test_takes_the_one_before_a_damaged_one(self, damage):
     self._save(10)
     newer = _tree() | {'w': -_tree()['w']}
