@@ -156,7 +156,7 @@ def run(method, params, batches, embed_fn=embed_table, mesh=None):
   Returns:
     The list of gradients, the list of infos, and the last memory.
   """
-  memory = method.init(jax.random.key(1), params)
+  memory = jax.jit(method.init)(jax.random.key(1), params)
   surrogate = method.surrogate
   if mesh is not None:
     surrogate = estimator.shard_surrogate(method, mesh)
