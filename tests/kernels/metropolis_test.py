@@ -569,6 +569,4 @@ class ShardedKernelTest(parameterized.TestCase):
       trace = jax.jit(sharded).trace(*args)
       text = trace.lower(lowering_platforms=(platform,)).as_text()
     target = '@tpu_custom_call' if platform == 'tpu' else '@mosaic_gpu'
-    # GPU kernels of JAX 0.10 know no such types: plain JAX takes over there.
-    old = pallas_gpu._FIRST_INTERFACE and platform == 'cuda'
-    self.assertEqual(text.count(target), 0 if old and check_vma else 1)
+    self.assertEqual(text.count(target), 1)

@@ -54,8 +54,6 @@ def _chains(n: int, d: int, c: int, dtype: Any) -> int | None:
 def misfit(rows: jax.Array, columns: jax.Array) -> str | None:
   """Why the kernel cannot take these shapes; None where it can."""
   (n, d), c = rows.shape, columns.shape[0]
-  if _FIRST_INTERFACE and jax.typeof(rows).manual_axis_type.varying:
-    return 'pallas_gpu in a shard_map of JAX 0.10 needs check_vma=False.'
   if _chains(n, d, c, rows.dtype) is None:
     need = _shared_bytes(_CHAINS[0], d, c, rows.dtype)
     return (
@@ -223,8 +221,11 @@ def _kernel(
         _store(flags, tile * (_TILE // _WORD) + w, flag)
     return now, top
 
+  # What is read from outside varies over the axes of a shard_map, what is
+  # computed here does not, and a loop wants one of the two: hence an operation.
+  low_end = full(-jnp.inf, jnp.float32)
   now, top = jax.lax.fori_loop(
-    0, blocks, forward, (read(start, mine), full(-jnp.inf, jnp.float32))
+    0, blocks, forward, (jnp.maximum(read(start, mine), low_end), low_end)
   )
   _store(last_logit, mine, now)
   _store(peak, mine, top)
@@ -292,10 +293,9 @@ def metropolis(
   blocks, depth = pl.cdiv(c, reference.BLOCK), pl.cdiv(d, _DEPTH)
   stages = min(_STAGES, 2 * blocks * depth)
   wide = depth * _DEPTH - d
-  varying = jax.typeof(rows).manual_axis_type
   xs = _split(jnp.pad(rows, ((0, extra), (0, wide))))
   ys = _split(jnp.pad(columns, ((0, blocks * reference.BLOCK - c), (0, wide))))
-  shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=varying)
+  shape = jax.ShapeDtypeStruct
   per_row = functools.partial(shape, (n + extra,))
   # As the matrix unit wants its operands to lie.
   operand = functools.partial(
@@ -352,4 +352,7 @@ def metropolis(
   # (c / 2, n) words to (c / 2, n, 2) counts to (n, c).
   counts = jax.lax.bitcast_convert_type(pairs, jnp.uint16)
   counts = counts.transpose(1, 0, 2).reshape(n + extra, -1)
-  return reference.Draws(counts[:n, :c], *[x[:n] for x in out])
+  draws = reference.Draws(counts[:n, :c], *[x[:n] for x in out])
+  # The kernel forgets over which axes of a shard_map its rows vary.
+  axes = tuple(sorted(jax.typeof(rows).manual_axis_type.varying))
+  return jax.lax.pcast(draws, axes, to='varying') if axes else draws
