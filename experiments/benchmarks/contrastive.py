@@ -112,7 +112,7 @@ def _views(key, batch_size, size):
   sample_key, view_key = jax.random.split(key)
   samples = jax.random.normal(sample_key, (batch_size, size))
   noise = jax.random.normal(view_key, (2, batch_size, size))
-  rows = (samples + 0.5 * noise).reshape(2 * batch_size, size)
+  rows = (samples[None] + 0.5 * noise).reshape(2 * batch_size, size)
   return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 

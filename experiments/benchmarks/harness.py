@@ -288,12 +288,14 @@ class Context:
       request = {'case': side.case, 'arguments': side.arguments}
       try:
         process = self.process(side)
-        once = process.ask(do='prepare', **request)[_clock(side)]
+        took = process.ask(do='prepare', **request)
       except Missing as missing:
         asked.append(None)
         why.append(f'{side.case}: {missing}')
         continue
-      calls = max(1, round(seconds / max(once, 1e-6)))
+      once = took[_clock(side)]
+      # A call that waits more than it works must not be repeated for ever.
+      calls = max(1, round(seconds / max(once, took['wall'] / 10, 1e-6)))
       asked.append((process, request | {'calls': calls}))
       rounds = min(rounds, 3 if once > 2 else 5 if once > 0.5 else rounds)
     taken = [{'cpu': [], 'wall': []} if one else None for one in asked]
