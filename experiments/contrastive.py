@@ -122,7 +122,7 @@ PRESETS = {
     inverse_temperature=5.0,
     burn_in=0.5,
     gamma=0.9,
-    refresh=0.1,
+    refresh=0.01,
     probe='sklearn',
   ),
   'cifar10': dict(
@@ -295,9 +295,18 @@ METHODS = {
 """By name: `(config, num_samples, axis_name) -> Estimator`."""
 
 
-class Loaded(NamedTuple):
-  """The images that one step needs, when a host loads them."""
+class Resident(NamedTuple):
+  """What every step reads, where the data fit on the device."""
 
+  key: jax.Array  # (), of the augmentations.
+  seed: jax.Array  # (), uint32: of the order of the samples.
+  images: jax.Array  # (m, h, w, c), uint8; or (m, A + 1, h, w, c), float32.
+
+
+class Loaded(NamedTuple):
+  """What one step reads, where a host loads its images."""
+
+  key: jax.Array  # (), of the augmentations.
   index: jax.Array  # (k,), int32: samples of the batch.
   images: jax.Array  # (k, h, w, c), uint8.
   more_index: jax.Array  # (n,), int32: samples beside the batch.
@@ -311,6 +320,7 @@ class Task(NamedTuple):
   dataset: data_lib.Dataset
   recipe: augment.Recipe
   encoder: models.PureEncoder
+  encoder_shape: tuple[int, int, int]  # Height, width, channels of a view.
   build: Callable[[nnx.Rngs], models.Encoder]
   steps_per_epoch: int
   mesh: jax.sharding.Mesh | None
@@ -366,9 +376,8 @@ def make_task(config: Config, dataset: data_lib.Dataset) -> Task:
   height, width, channels = dataset.image_shape
   if recipe.size is not None:
     height = width = recipe.size
-  build = functools.partial(
-    _build, config=config, image_shape=(height, width, channels)
-  )
+  shape = (height, width, channels)
+  build = functools.partial(_build, config=config, image_shape=shape)
   mesh = None
   if config.devices != 1:
     devices = jax.devices()
@@ -389,6 +398,7 @@ def make_task(config: Config, dataset: data_lib.Dataset) -> Task:
     dataset=dataset,
     recipe=recipe,
     encoder=models.split(build(nnx.Rngs(0))),
+    encoder_shape=shape,
     build=build,
     steps_per_epoch=data_lib.steps_per_epoch(
       dataset.num_samples, config.batch_size
@@ -417,8 +427,8 @@ def make_optimizer(task: Task) -> optax.GradientTransformation:
 
 
 def draw_batch(
-  task: Task, seed: int, key: jax.Array, step: jax.Array, data: Any
-):
+  task: Task, seed: Any, key: jax.Array, step: Any, data: Any = ()
+) -> contrastive.Batch:
   """The batch of a step: samples in shuffled epochs, each in two views."""
   config = task.config
   index = data_lib.batch_indices(
@@ -433,54 +443,48 @@ def draw_batch(
   return contrastive.Batch(index, view, data)
 
 
-def make_embed_fn(task: Task, seed: int) -> contrastive.EmbedFn:
-  """Embeds views; `data` is images, stored views, or what was loaded."""
-  key = jax.random.key(seed)
-  num_views = task.config.num_views
+def make_embed_fn(task: Task) -> contrastive.EmbedFn:
+  """Embeds views; `data` is a `Resident` or a `Loaded`."""
 
   def embed_fn(params, data, index, view):
     if isinstance(data, Loaded):
       here = jnp.concatenate([data.index, data.more_index])
       images = jnp.concatenate([data.images, data.more_images])
       row = jnp.argmax(here[None, :] == index[:, None], axis=1)
-      images = _augment(key, images[row], index, view, task.recipe)
-    elif data.ndim == 5:
-      slot = jnp.minimum(view, jnp.uint32(num_views)).astype(jnp.int32)
-      images = data[index, slot]
+      images = _augment(data.key, images[row], index, view, task.recipe)
+    elif data.images.ndim == 5:
+      plain = jnp.uint32(task.config.num_views)
+      slot = jnp.minimum(view, plain).astype(jnp.int32)
+      images = data.images[index, slot]
     else:
-      images = _augment(key, data[index], index, view, task.recipe)
+      images = data.images[index]
+      images = _augment(data.key, images, index, view, task.recipe)
     return task.encoder.apply_embeddings(params, images)
 
   return embed_fn
 
 
-def resident_data(task: Task, seed: int) -> jax.Array | None:
+def resident_data(task: Task, seed: int) -> Resident | None:
   """What every step reads on the device, or None if a host must load it.
 
-  The fixed views of a small data set are made once, the plain ones last:
-  (m, A + 1, height, width, channels) float32. Else the images, uint8.
+  The fixed views of a small data set are made once, the plain ones last.
   """
   config, dataset = task.config, task.dataset
   if not dataset.in_memory:
     return None
   images = jnp.asarray(dataset.images)
-  height, width, _ = (
-    dataset.image_shape
-    if task.recipe.size is None
-    else (task.recipe.size,) * 2 + dataset.image_shape[2:]
-  )
-  count = dataset.num_samples * (config.num_views + 1) * height * width
-  if not config.num_views or 4 * count * images.shape[3] > config.memory_limit:
-    return images
-  key = jax.random.key(seed)
+  data = Resident(jax.random.key(seed), jnp.uint32(seed), images)
+  num_values = dataset.num_samples * (config.num_views + 1)
+  num_values *= int(np.prod(task.encoder_shape))
+  if not config.num_views or 4 * num_values > config.memory_limit:
+    return data
   index = jnp.arange(dataset.num_samples, dtype=jnp.int32)
   make = jax.jit(functools.partial(_augment, recipe=task.recipe))
-  view_ids = [*range(config.num_views), contrastive.PLAIN_VIEW]
   stored = [
-    make(key, images, index, jnp.full_like(index, view, dtype=jnp.uint32))
-    for view in view_ids
+    make(data.key, images, index, jnp.full(index.shape, view, jnp.uint32))
+    for view in [*range(config.num_views), contrastive.PLAIN_VIEW]
   ]
-  return jnp.stack(stored, axis=1)
+  return data._replace(images=jnp.stack(stored, axis=1))
 
 
 def make_gradient_error(
@@ -511,7 +515,8 @@ def make_gradient_error(
       memory, total = carry
       step_key = jax.random.fold_in(key, step)
       # A seed of its own: the order must not repeat that of the training.
-      batch = draw_batch(task, 2**31 + config.seed, step_key, step, data)
+      seed = data.seed ^ jnp.uint32(2**31)
+      batch = draw_batch(task, seed, step_key, step, data)
       grad_fn = jax.grad(estimator.surrogate, argnums=2, has_aux=True)
       grads, (memory, _) = grad_fn(
         step_key, memory, state.params, batch, embed_fn
@@ -532,133 +537,146 @@ def make_gradient_error(
   return gradient_error
 
 
-def make_loader(
-  task: Task,
-  estimator: contrastive.Estimator,
-  embed_fn: contrastive.EmbedFn,
-  seed: int,
-) -> Callable[..., contrastive.Batch]:
+def make_loader(task: Task, method: 'Method', seed: int) -> Callable[..., Any]:
   """Loads a step's images on the host: its own, and those its method names.
 
   Returns:
     `(key, state, number of the step) -> Batch` with `data` a `Loaded`.
   """
   dataset = task.dataset
-  _, *shape = dataset.images.shape
-  nothing = np.zeros((0,), np.int32), np.zeros((0, *shape), np.uint8)
-
-  @jax.jit
-  def name_more(key, state, batch):
-    return estimator.pending(key, state.memory, state.params, batch, embed_fn)
-
-  def place(batch):
-    if task.mesh is None:
-      return jax.device_put(batch)
+  specs = None
+  if task.mesh is not None:
     spec = jax.sharding.PartitionSpec
     rows = spec(mesh_lib.DATA)
-    specs = contrastive.Batch(rows, spec(None, mesh_lib.DATA), rows)
-    return mesh_lib.place(batch, task.mesh, specs)
+    specs = contrastive.Batch(rows, spec(None, mesh_lib.DATA), _loaded_specs())
 
   def load(key, state, number):
-    batch = draw_batch(task, seed, key, number, ())
+    batch = draw_batch(task, seed, key, number)
     index = np.asarray(batch.index)
     contrastive.check_batch(index, dataset.num_samples)
-    images = dataset.fetch(index)
-    batch = batch._replace(data=Loaded(index, images, *nothing))
-    more = np.asarray(name_more(key, state, batch))
-    loaded = Loaded(index, images, more, dataset.fetch(more))
-    return place(batch._replace(data=loaded))
+    batch = batch._replace(data=load_images(task, seed, index))
+    more = np.asarray(method.pending(key, state, batch))
+    batch = batch._replace(data=load_images(task, seed, index, more))
+    if task.mesh is None:
+      return jax.device_put(batch)
+    return mesh_lib.place(batch, task.mesh, specs)
 
   return load
 
 
-def warm_cache(
-  task: Task,
-  state: contrastive.State,
-  embed_fn: contrastive.EmbedFn,
-  data: jax.Array | None,
-) -> Any:
-  """Fills the negative cache with the embeddings of all samples."""
-  dataset = task.dataset
-  fill = jax.jit(
-    functools.partial(
-      contrastive.negative_cache.warm_cache,
-      embed_fn=embed_fn,
-      num_samples=dataset.num_samples,
-      num_views=task.config.num_views or None,
-    )
-  )
-  memory, size = state.memory, min(256, dataset.num_samples)
-  for first in range(0, dataset.num_samples, size):
-    # The last chunk goes back a little, so that all have one shape.
-    first = min(first, dataset.num_samples - size)
-    index = np.arange(first, first + size, dtype=np.int32)
-    chunk = data
-    if data is None:
-      images = dataset.fetch(index)
-      chunk = Loaded(index, images, index[:0], images[:0])
-    memory = fill(memory, state.params, chunk, index=index)
-  return memory
+def load_images(
+  task: Task, seed: int, index: np.ndarray, more: np.ndarray | None = None
+) -> Loaded:
+  """Reads samples index (k,) and more (n,) into the memory of the host."""
+  more = index[:0] if more is None else more
+  key, fetch = jax.random.key(seed), task.dataset.fetch
+  return Loaded(key, index, fetch(index), more, fetch(more))
 
 
-def train(task: Task, method: str, seed: int, workdir: epath.Path) -> Any:
-  """Trains one method from one seed; returns its last state."""
-  config = task.config
-  estimator = make_estimator(task, method)
-  embed_fn = make_embed_fn(task, seed)
-  specs = None
-  if not task.dataset.in_memory:
-    specs = jax.sharding.PartitionSpec(mesh_lib.DATA)
+class Method(NamedTuple):
+  """The functions of one method, which all its seeds share once compiled."""
+
+  name: str
+  init: Callable[..., Any]  # (key, params) -> state.
+  step: Callable[..., Any]  # (key, state, batch) -> (state, info).
+  pending: Callable[..., Any]  # (key, state, batch) -> samples to load.
+  fill: Callable[..., Any] | None  # (memory, params, data, index) -> memory.
+  measure: Callable[..., Any] | None  # (key, state, data) -> numbers.
+
+
+def make_method(task: Task, name: str) -> Method:
+  """Binds a method to the encoder, the optimiser and the mesh of a run."""
+  config, dataset = task.config, task.dataset
+  estimator, embed_fn = make_estimator(task, name), make_embed_fn(task)
   algorithm = contrastive.algorithm(
     estimator,
     embed_fn,
     make_optimizer(task),
     mesh=task.mesh,
-    data_specs=specs,
+    data_specs=None if dataset.in_memory else _loaded_specs(),
   )
-  key = jax.random.key(seed)
-  data = resident_data(task, seed)
+
+  def step(key, state, batch):
+    if dataset.in_memory:
+      number, data = batch
+      batch = draw_batch(task, data.seed, key, number, data)
+    return algorithm.step(key, state, batch)
+
+  @jax.jit
+  def pending(key, state, batch):
+    return estimator.pending(key, state.memory, state.params, batch, embed_fn)
+
+  fill = measure = None
+  if name == 'negative_cache' and task.mesh is None:
+
+    @jax.jit
+    def fill(memory, params, data, index):
+      return contrastive.negative_cache.warm_cache(
+        memory,
+        params,
+        data,
+        embed_fn,
+        index,
+        num_samples=dataset.num_samples,
+        num_views=config.num_views or None,
+      )
+
+  exact = config.num_views and dataset.in_memory and task.mesh is None
+  if exact and dataset.num_samples * config.num_views <= config.exact:
+    measure = make_gradient_error(task, estimator, embed_fn)
+  init = jax.jit(algorithm.init)
+  return Method(name, init, step, pending, fill, measure)
+
+
+def train(task: Task, method: Method, seed: int, workdir: epath.Path) -> Any:
+  """Trains one method from one seed; returns its last state."""
+  config = task.config
+  key, data = jax.random.key(seed), resident_data(task, seed)
   params = models.draw_params(task.build, jax.random.fold_in(key, 2**31 - 1))
   if task.mesh is not None:
     key, params, data = mesh_lib.place((key, params, data), task.mesh)
-  state = jax.jit(algorithm.init)(key, params)
-  if method == 'negative_cache' and task.mesh is None:
-    memory = warm_cache(task, state, embed_fn, data)
-    state = state._replace(memory=memory)
-
-  def step(key, state, batch):
-    if task.dataset.in_memory:
-      number, data = batch
-      batch = draw_batch(task, seed, key, number, data)
-    return algorithm.step(key, state, batch)
-
-  prepare = None
-  if not task.dataset.in_memory:
-    prepare = make_loader(task, estimator, embed_fn, seed)
-  num_steps = config.num_epochs * task.steps_per_epoch
-  exact = config.num_views and task.dataset.in_memory and task.mesh is None
-  exact &= task.dataset.num_samples * config.num_views <= config.exact
+  state = method.init(key, params)
+  if method.fill is not None:
+    state = state._replace(memory=warm_cache(task, method, state, seed, data))
   measure = None
-  if exact:
-    gradient_error = make_gradient_error(task, estimator, embed_fn)
-    measure = lambda state: gradient_error(key, state, data)
+  if method.measure is not None:
+    measure = lambda state: method.measure(key, state, data)
+  prepare = None
+  if data is None:
+    prepare = make_loader(task, method, seed)
   every = config.steps_per_call
-  between = max(1, num_steps // config.num_evaluations // every) * every
+  num_steps = config.num_epochs * task.steps_per_epoch
+  whole_calls = lambda steps: max(1, steps // every) * every
   return runner.train(
     state,
-    step,
+    method.step,
     constants=data,
     prepare=prepare,
     key=key,
     num_steps=num_steps,
     workdir=workdir,
-    name=f'{method}/{seed}',
+    name=f'{method.name}/{seed}',
     steps_per_call=every,
     log_every=config.log_every,
-    checkpoint_every=max(1, config.checkpoint_every // every) * every,
+    checkpoint_every=whole_calls(config.checkpoint_every),
     evaluate=measure,
-    evaluate_every=between,
+    evaluate_every=whole_calls(num_steps // config.num_evaluations),
   )
+
+
+def warm_cache(
+  task: Task, method: Method, state: contrastive.State, seed: int, data: Any
+) -> Any:
+  """Fills the negative cache with the embeddings of all samples."""
+  num_samples, memory = task.dataset.num_samples, state.memory
+  size = min(256, num_samples)
+  for first in range(0, num_samples, size):
+    # The last chunk goes back a little, so that all have one shape.
+    first = min(first, num_samples - size)
+    index = np.arange(first, first + size, dtype=np.int32)
+    chunk = load_images(task, seed, index) if data is None else data
+    memory = method.fill(memory, state.params, chunk, index)
+  return memory
 
 
 def probe(task: Task, seed: int, params: Any) -> dict[str, float]:
@@ -689,13 +707,12 @@ def run(config: Config, workdir: epath.Path) -> dict[str, float]:
   """Trains every method from every seed, evaluates and draws."""
   config = resolve(config)
   task = open_task(config)
-  methods = config.method.split(',')
-  for method in methods:  # Bad settings end the run before its first step.
-    make_estimator(task, method)
+  # All at once: bad settings end the run before its first step.
+  methods = [make_method(task, name) for name in config.method.split(',')]
   runs, results = {}, {}
   for method in methods:
     for seed in range(config.seed, config.seed + config.num_seeds):
-      folder = workdir / method / str(seed)
+      folder = workdir / method.name / str(seed)
       state = train(task, method, seed, folder)
       metrics = runner.read_metrics(folder)
       numbers = probe(task, seed, state.params)
@@ -703,13 +720,11 @@ def run(config: Config, workdir: epath.Path) -> dict[str, float]:
       for name in ('gradient_error', 'global_loss'):
         if name in metrics:
           numbers[name] = float(metrics[name][1][-1])
-      runs[method, seed] = metrics, numbers
-    of_method = [
-      numbers for (m, _), (_, numbers) in runs.items() if m == method
-    ]
-    for name in of_method[0]:
-      values = [numbers[name] for numbers in of_method]
-      results[f'{method}.{name}'] = float(np.mean(values))
+      runs[method.name, seed] = metrics, numbers
+    ours = [n for (name, _), (_, n) in runs.items() if name == method.name]
+    for metric in ours[0]:
+      mean = np.mean([numbers[metric] for numbers in ours])
+      results[f'{method.name}.{metric}'] = float(mean)
   runner.save_figure(draw(config, runs), workdir / 'figure.png')
   return results
 
@@ -783,6 +798,12 @@ def draw(config: Config, runs: dict[tuple[str, int], tuple[dict, dict]]) -> Any:
     f'{config.inverse_temperature:.3g}, {config.num_seeds} seeds'
   )
   return drawn
+
+
+def _loaded_specs():
+  spec = jax.sharding.PartitionSpec
+  rows = spec(mesh_lib.DATA)
+  return Loaded(spec(), rows, rows, rows, rows)
 
 
 def _open(config, split):

@@ -39,6 +39,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
@@ -446,8 +447,16 @@ class _Clock:
 def _compile(
   step_fn: Callable, state: Any, devices: jax.sharding.Mesh | None
 ) -> Callable:
-  """The jitted call of many steps; donates the state and keeps its placing."""
+  """The jitted call of many steps; donates the state and keeps its placing.
 
+  Trainings of one `step_fn` share it, so that seeds compile once.
+  """
+  placing, treedef = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
+  return _compile_placed(step_fn, tuple(placing), treedef, devices)
+
+
+@functools.lru_cache(maxsize=1)
+def _compile_placed(step_fn, placing, treedef, devices):
   def one(key, carry, numbered):
     state, first_bad = carry
     number, batch = numbered
@@ -475,7 +484,7 @@ def _compile(
     )
     return state, (number + length, first_bad), infos
 
-  placing, shared = jax.tree.map(lambda x: x.sharding, state), None
+  placing, shared = jax.tree.unflatten(treedef, placing), None
   if devices is not None:  # Then each process can read what is logged.
     shared = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
   return jax.jit(

@@ -7,6 +7,7 @@ proposes the other samples of the batch one after another and averages the
 gradient over the states after burn-in. The partition function never appears.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -582,11 +583,10 @@ def _walk_uniform(key, memory, params, batch, embed_fn, settings, visit):
     stay += jnp.mean(jnp.where(old, left, 0), dtype=jnp.float32)
     last = jnp.max(jnp.where(accept, step, -1), axis=0)
     moved = last >= 0
-    pick = lambda x: jnp.take_along_axis(x, last[:, None], axis=1)[:, 0]
-    state_index = jnp.where(moved, pick(index), state_index)
-    state_view = jnp.where(moved, pick(view), state_view)
-    reached = jnp.take_along_axis(proposed, last[:, None, None], axis=1)[:, 0]
-    states = jnp.where(moved[:, None], reached, states)
+    row = jnp.arange(last.size, dtype=jnp.int32)
+    state_index = jnp.where(moved, index[row, last], state_index)
+    state_view = jnp.where(moved, view[row, last], state_view)
+    states = jnp.where(moved[:, None], proposed[row, last], states)
     has |= moved
     old &= ~moved
   return _Walk(
@@ -645,9 +645,11 @@ def _resample(key, memory, params, batch, embed_fn, settings, visit):
     total = jax.nn.logsumexp(logits, axis=1)
     value += jnp.sum(total)
     gumbel_keys = _row_keys(jax.random.fold_in(key, 1), position)
-    shape, dtype = (num_columns + 2,), logits.dtype
-    gumbel = jax.vmap(lambda k: jax.random.gumbel(k, shape, dtype))
-    choice = jnp.argmax(logits + gumbel(gumbel_keys), axis=1).astype(jnp.int32)
+    gumbel = functools.partial(
+      jax.random.gumbel, shape=(num_columns + 2,), dtype=logits.dtype
+    )
+    perturbed = logits + jax.vmap(gumbel)(gumbel_keys)
+    choice = jnp.argmax(perturbed, axis=1).astype(jnp.int32)
     swapped = choice == num_columns + 1
     current = jnp.where(outside, num_columns, last)
     accepted += jnp.mean(choice != current, dtype=jnp.float32)

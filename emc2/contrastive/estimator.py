@@ -7,7 +7,7 @@ as a *view*, the pair (index, view id), and only through an `embed_fn`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ PLAIN_VIEW = np.uint32(2**32 - 1)
 """The view id of a sample as it is, without augmentation."""
 
 
+@runtime_checkable
 class EmbedFn(Protocol):
   """Embeds views of samples; `data` is whatever it reads them from."""
 

@@ -1,1 +1,1 @@
-""
+"""Hot loops by hand: each kernel with its plain JAX reference."""

@@ -10,8 +10,8 @@ import numpy as np
 from absl.testing import parameterized
 from PIL import Image
 
-from emc2 import contrastive as contrastive_lib
-from emc2.experiments import contrastive, data, runner
+from emc2.experiments import contrastive, runner
+from emc2.experiments import data as data_lib
 
 SMALL = dict(
   num_seeds=1,
@@ -62,7 +62,8 @@ class ContrastiveTest(parameterized.TestCase):
     settings = SMALL | {'steps_per_call': 1} | settings
     config = contrastive.resolve(contrastive.Config(**settings))
     task = contrastive.open_task(config)
-    state = contrastive.train(task, config.method, 0, self.folder / name)
+    method = contrastive.make_method(task, config.method)
+    state = contrastive.train(task, method, 0, self.folder / name)
     return state.params
 
   @parameterized.parameters(
@@ -81,7 +82,7 @@ class ContrastiveTest(parameterized.TestCase):
       loaded,
     )
 
-  @parameterized.parameters(data.dataset.MEMORY_LIMIT, 1)
+  @parameterized.parameters(data_lib.dataset.MEMORY_LIMIT, 1)
   def test_8_devices_equal_1(self, memory_limit):
     settings = dict(
       method='emc2',
@@ -106,20 +107,14 @@ class ContrastiveTest(parameterized.TestCase):
   def test_presets_lower(self, preset, image_shape):
     config = contrastive.resolve(contrastive.Config(preset=preset))
     images = np.zeros((2 * config.batch_size, *image_shape), np.uint8)
-    task = contrastive.make_task(config, data.Dataset(images))
-    method = config.method.split(',')[0]
-    algorithm = contrastive_lib.algorithm(
-      contrastive.make_estimator(task, method),
-      contrastive.make_embed_fn(task, 0),
-      contrastive.make_optimizer(task),
-    )
+    task = contrastive.make_task(config, data_lib.Dataset(images))
+    method = contrastive.make_method(task, config.method.split(',')[0])
     key = jax.random.key(0)
-    state = jax.eval_shape(algorithm.init, key, task.encoder.params)
-    batch = contrastive.draw_batch(task, 0, key, jnp.int32(0), images)
-    batch = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch
-    )
-    lowered = jax.jit(algorithm.step).lower(key, state, batch)
+    state = jax.eval_shape(method.init, key, task.encoder.params)
+    data = contrastive.resident_data(task, 0)
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    batch = jax.tree.map(abstract, (jnp.int32(0), data))
+    lowered = jax.jit(method.step).lower(key, state, batch)
     after, _ = lowered.out_info
     jax.tree.map(
       lambda a, b: self.assertEqual((a.shape, a.dtype), (b.shape, b.dtype)),
