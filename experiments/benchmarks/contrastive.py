@@ -9,6 +9,7 @@ Cases, for `--only`:
 - `step`: a whole training step of EMC² over one of SimCLR, same small ResNet,
   same Adam, stored images of 32 x 32 pixels and no augmentation, which would
   only hide what the method costs;
+- `overflow`: how many chains forget their state at the capacity of those steps;
 - `kernel`: the Pallas kernels over plain JAX, where there is an accelerator.
 """
 
@@ -267,7 +268,22 @@ def _training_toy(method, **arguments):
   return ended.squared_gradient.tolist(), ended.loss.tolist()
 
 
+def _overflow(*, batch_size, num_views, capacity, num_steps, num_samples=1024):
+  """Share of chains without room in the last tenth of a training run."""
+  data, first, step = _training(
+    'emc2', 8, num_samples, 128, num_views=num_views, capacity=capacity
+  )
+  some = draw_batches(num_samples, batch_size, num_views, data)
+  state = jax.tree.map(jnp.copy, first)
+  found = []
+  for number in range(num_steps):
+    state, info = step(state, some[number % NUM_BATCHES])
+    found.append(float(info.memory.overflow))
+  return float(np.mean(found[-max(1, num_steps // 10) :]))
+
+
 VALUES = {
+  'overflow': _overflow,
   'gradient_error': _gradient_error,
   'rate_slope': _rate_slope,
   'training_toy': _training_toy,
@@ -283,6 +299,7 @@ def cases(smoke: bool) -> list[harness.Case]:
     *_rate_cases(smoke),
     *_toy_cases(smoke),
     *_step_cases(smoke),
+    *_overflow_cases(smoke),
     *_kernel_cases(smoke),
   ]
 
@@ -525,6 +542,34 @@ def _step_cases(smoke):
           )
           found.append(harness.Case(name, race))
   return found[:1] if smoke else found
+
+
+def _overflow_cases(smoke):
+  """What the speed of a small capacity costs: forgotten states."""
+  num_steps = 1 if smoke else 200
+
+  def run(context, batch_size, num_views):
+    arguments = dict(batch_size=batch_size, num_views=num_views)
+    arguments |= dict(capacity=batch_size // 16, num_steps=num_steps)
+    share = context.value(harness.Side(_OURS, 'overflow', arguments))
+    views = '2 fixed' if num_views else 'fresh'
+    return [
+      harness.Row(
+        name=f'overflow: room for B/16, {views} views, B={batch_size}',
+        metric=f'share of chains that forget, {num_steps} steps, 8 pixels',
+        unit='',
+        ours=harness.Figure.exact(share),
+      )
+    ]
+
+  return [
+    harness.Case(
+      f'overflow: B={batch_size}, views={num_views}',
+      functools.partial(run, batch_size=batch_size, num_views=num_views),
+    )
+    for batch_size in (32, 256)
+    for num_views in (2, None)
+  ][: 1 if smoke else None]
 
 
 def _kernel_cases(smoke):
