@@ -13,6 +13,7 @@ from emc2.contrastive import emc2, estimator, objective
 from tests.contrastive import common
 
 BETA = 5.0
+KEY = jax.random.key(0)
 
 
 def _uniform(words, size):
@@ -244,7 +245,7 @@ class IdentityTest(parameterized.TestCase):
     views = common.clusters(5, 2)
     method = emc2.emc2(5, inverse_temperature=1e6, num_views=2)
     params, batch = common.table(views), common.batch([0, 1, 2, 3, 4])
-    memory = method.init(None, None)
+    memory = method.init(KEY, None)
     _, (after, _) = _value(method, jax.random.key(0), memory, params, batch)
     flat = views.transpose(1, 0, 2).reshape(10, -1)
     logits = flat @ flat.T
@@ -264,7 +265,7 @@ class IdentityTest(parameterized.TestCase):
       method = emc2.emc2(
         7, inverse_temperature=BETA, num_views=2, proposals='resample'
       )
-      memory = method.init(None, None)
+      memory = method.init(KEY, None)
       (value, _), grads = _gradient(
         method, jax.random.key(0), memory, params, common.batch(range(7))
       )
@@ -283,7 +284,7 @@ class IdentityTest(parameterized.TestCase):
       num_views=num_views,
       out_of_batch=out_of_batch or 'reencode',
     )
-    memory = jax.eval_shape(lambda: method.init(None, None))
+    memory = jax.eval_shape(lambda: method.init(KEY, None))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
     self.assertEqual(size, 1000 * want)
 
@@ -297,7 +298,7 @@ class IdentityTest(parameterized.TestCase):
     params = common.table(common.clusters(8, 2))
     batch = common.batch([1, 3, 6])
     _, (after, info) = _value(
-      method, jax.random.key(0), method.init(None, None), params, batch
+      method, jax.random.key(0), method.init(KEY, None), params, batch
     )
     index = np.asarray(after.index)
     self.assertTrue(np.all(index[[1, 3, 6]] >= 0))
@@ -317,7 +318,7 @@ class CapacityTest(parameterized.TestCase):
     )
     views = common.clusters(9, 2, num_clusters=3)
     params, batch = common.table(views), common.batch([0, 2, 4, 7])
-    memory = method.init(None, None)
+    memory = method.init(KEY, None)
     # Every chain stands at its sample's nearest, where it is likely to last.
     nearness = views[:, 0] @ views[:, 0].T - 2 * np.eye(9)
     nearest = np.int32(nearness.argmax(1))[:, None]
@@ -376,16 +377,16 @@ class PendingTest(parameterized.TestCase):
   def test_samples_stand_together(self):
     method = emc2.emc2(9, inverse_temperature=BETA, num_views=2)
     batch = common.batch([5, 1])
-    memory = method.init(None, None)
+    memory = method.init(KEY, None)
     index = memory.index.at[5].set(jnp.array([3, 4])).at[1, 1].set(8)
     memory = memory._replace(index=index)
-    named = method.pending(None, memory, None, batch, None)
+    named = method.pending(KEY, memory, None, batch, _embed)
     np.testing.assert_array_equal(named, [3, 4, 1, 8])
 
   def test_nothing_without_reencoding(self):
     method = emc2.emc2(9, inverse_temperature=1.0, out_of_batch='drop')
     named = method.pending(
-      None, method.init(None, None), None, common.batch([0, 1]), None
+      KEY, method.init(KEY, None), None, common.batch([0, 1]), _embed
     )
     self.assertEqual(named.shape, (0,))
 

@@ -11,6 +11,7 @@ from emc2.contrastive import estimator, simclr
 from tests.contrastive import common
 
 KEY = jax.random.key(0)
+NOTHING = simclr.SimclrMemory()
 
 
 def _rows(views, index):
@@ -58,7 +59,7 @@ class SimclrTest(parameterized.TestCase):
     (value, (_, info)), grads = common.gradient(
       method,
       KEY,
-      method.init(None, params),
+      method.init(KEY, params),
       params,
       common.batch(index),
     )
@@ -73,7 +74,7 @@ class SimclrTest(parameterized.TestCase):
     index = np.random.default_rng(0).permutation(9)[:size]
     method = simclr.simclr(inverse_temperature=5.0, decoupled=decoupled)
     (value, (_, info)), _ = common.gradient(
-      method, KEY, (), common.table(views), common.batch(index)
+      method, KEY, NOTHING, common.table(views), common.batch(index)
     )
     want, probabilities = _numpy_losses(_rows(views, index), 5.0, decoupled)
     np.testing.assert_allclose(value, want.mean(), rtol=1e-5)
@@ -96,7 +97,7 @@ class SimclrTest(parameterized.TestCase):
     _, grads = common.gradient(
       method,
       KEY,
-      (),
+      NOTHING,
       common.table(views),
       common.batch(np.arange(6)),
     )
@@ -109,7 +110,7 @@ class SimclrTest(parameterized.TestCase):
     _, grads = common.gradient(
       method,
       KEY,
-      (),
+      NOTHING,
       common.table(views),
       common.batch(np.arange(20)),
     )
@@ -121,7 +122,7 @@ class SimclrTest(parameterized.TestCase):
     method = simclr.simclr(inverse_temperature=5.0)
     index = np.random.default_rng(0).permutation(20)[:8]
     value = lambda index: common.forward(
-      method, KEY, (), common.table(views), common.batch(index)
+      method, KEY, NOTHING, common.table(views), common.batch(index)
     )[0]
     np.testing.assert_allclose(value(index), value(index[::-1]), rtol=1e-6)
 
@@ -130,7 +131,7 @@ class SimclrTest(parameterized.TestCase):
     (value, _), grads = common.gradient(
       method,
       KEY,
-      (),
+      NOTHING,
       common.table(common.clusters(8)),
       common.batch(np.arange(8)),
     )
@@ -140,7 +141,9 @@ class SimclrTest(parameterized.TestCase):
   def test_remembers_nothing(self):
     method = simclr.simclr(inverse_temperature=5.0)
     self.assertEmpty(jax.tree.leaves(method.init(KEY, {})))
-    pending = method.pending(KEY, (), {}, None, None)
+    pending = method.pending(
+      KEY, NOTHING, {}, common.batch([0, 1]), common.embed_table
+    )
     self.assertEqual(pending.shape, (0,))
 
   @parameterized.parameters(
@@ -159,7 +162,7 @@ class SimclrTest(parameterized.TestCase):
       common.gradient(
         method,
         KEY,
-        (),
+        NOTHING,
         common.table(common.clusters(4)),
         common.batch([0]),
       )
@@ -170,7 +173,7 @@ class SimclrTest(parameterized.TestCase):
       common.gradient(
         method,
         KEY,
-        (),
+        NOTHING,
         common.table(common.clusters(4)),
         common.batch([0, 1]),
       )
@@ -201,7 +204,7 @@ class BatchTest(parameterized.TestCase):
     index, view = np.array([2, 5, 9]), np.array([[3, 0, 1], [1, 2, 0]])
     batch = estimator.Batch(jnp.int32(index), jnp.uint32(view))
     method = simclr.simclr(inverse_temperature=5.0)
-    value, _ = common.forward(method, KEY, (), common.table(views), batch)
+    value, _ = common.forward(method, KEY, NOTHING, common.table(views), batch)
     rows = np.concatenate([views[index, view[0]], views[index, view[1]]])
     want = _numpy_losses(rows, 5.0, False)[0].mean()
     np.testing.assert_allclose(value, want, rtol=1e-5)
