@@ -24,6 +24,7 @@ all pairs (`--config.exact`). Other data: `--config.data=` a folder
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ class Config:
   inverse_temperature: float | None = None
   burn_in: float | None = None  # EMC².
   out_of_batch: str = 'reencode'  # EMC²: or 'cached', 'drop'.
-  capacity: int = 0  # EMC²: states embedded at most; 0 embeds all.
+  capacity: int | None = None  # EMC²: states embedded at most; 0 means all.
   released: bool = False  # EMC²: as the authors' code.
   gamma: float | None = None  # SogCLR, iSogCLR.
   rho: float = 0.3  # iSogCLR.
@@ -118,9 +119,10 @@ PRESETS = {
     steps_per_call=100,
     log_every=100,
     checkpoint_every=2_000,
-    num_evaluations=10,
+    num_evaluations=8,
     inverse_temperature=5.0,
     burn_in=0.5,
+    capacity=0,
     gamma=0.9,
     refresh=0.01,
     probe='sklearn',
@@ -149,6 +151,7 @@ PRESETS = {
     num_evaluations=4,
     inverse_temperature=1 / 0.2,
     burn_in=0.5,
+    capacity=0,
     gamma=0.9,
     refresh=0.01,
     probe='sklearn',
@@ -177,6 +180,7 @@ PRESETS = {
     num_evaluations=20,
     inverse_temperature=14.28,
     burn_in=0.5,
+    capacity=4,
     gamma=0.9,
     refresh=0.01024,
     probe='sgd',
@@ -206,6 +210,7 @@ PRESETS = {
     num_evaluations=80,
     inverse_temperature=14.28,
     burn_in=0.5,
+    capacity=16,
     gamma=0.9,
     refresh=0.01,
     probe='sgd',
@@ -646,7 +651,7 @@ def train(task: Task, method: Method, seed: int, workdir: epath.Path) -> Any:
     prepare = make_loader(task, method, seed)
   every = config.steps_per_call
   num_steps = config.num_epochs * task.steps_per_epoch
-  whole_calls = lambda steps: max(1, steps // every) * every
+  whole_calls = lambda steps: math.ceil(steps / every) * every
   return runner.train(
     state,
     method.step,
@@ -660,7 +665,7 @@ def train(task: Task, method: Method, seed: int, workdir: epath.Path) -> Any:
     log_every=config.log_every,
     checkpoint_every=whole_calls(config.checkpoint_every),
     evaluate=measure,
-    evaluate_every=whole_calls(num_steps // config.num_evaluations),
+    evaluate_every=whole_calls(num_steps / config.num_evaluations),
   )
 
 
@@ -746,7 +751,7 @@ def draw(config: Config, runs: dict[tuple[str, int], tuple[dict, dict]]) -> Any:
 
   methods = list(dict.fromkeys(method for method, _ in runs))
   curves = [
-    ('gradient_error', 'Error of the mean gradient', True),
+    ('gradient_error', '|mean estimate - exact gradient|', True),
     ('global_loss', 'Global contrastive loss', False),
   ]
   curves = [c for c in curves if all(c[0] in m for m, _ in runs.values())]
@@ -759,6 +764,8 @@ def draw(config: Config, runs: dict[tuple[str, int], tuple[dict, dict]]) -> Any:
         m[name] for (other, _), (m, _) in runs.items() if other == method
       ]
       steps, values = seeds[0][0], np.stack([v for _, v in seeds])
+      # At the start all embeddings are alike, and so are all gradients: 0.
+      steps, values = steps[logarithmic:], values[:, logarithmic:]
       color = f'C{number}'
       axis.plot(steps, values.mean(0), color=color, label=method)
       axis.fill_between(
@@ -768,7 +775,8 @@ def draw(config: Config, runs: dict[tuple[str, int], tuple[dict, dict]]) -> Any:
     if logarithmic:
       axis.set_yscale('log')
     axis.grid(alpha=0.3)
-  axes[0].legend(frameon=False)
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(5))
+  axes[len(curves) - 1].legend(frameon=False)
   for number, method in enumerate(methods):
     accuracy = [
       100 * numbers['probe_accuracy']
@@ -779,11 +787,11 @@ def draw(config: Config, runs: dict[tuple[str, int], tuple[dict, dict]]) -> Any:
     axes[-1].plot([number] * len(accuracy), accuracy, 'k.', ms=5)
     axes[-1].annotate(
       f'{np.mean(accuracy):.1f}',
-      (number, np.mean(accuracy)),
-      ha='center',
-      va='bottom',
-      xytext=(0, 4),
+      (number, 0),
+      xycoords=('data', 'axes fraction'),
+      xytext=(0, 8),
       textcoords='offset points',
+      ha='center',
     )
   lowest = min(n['probe_accuracy'] for _, n in runs.values())
   axes[-1].set(
@@ -792,7 +800,6 @@ def draw(config: Config, runs: dict[tuple[str, int], tuple[dict, dict]]) -> Any:
     ylim=(max(0, 100 * lowest - 5), 101),
   )
   axes[-1].set_xticklabels(methods, rotation=15)
-  axes[0].xaxis.set_major_locator(ticker.MaxNLocator(5))
   drawn.suptitle(
     f'{config.data}: batch of {config.batch_size}, beta '
     f'{config.inverse_temperature:.3g}, {config.num_seeds} seeds'
