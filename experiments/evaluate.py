@@ -320,12 +320,11 @@ def predict_by_neighbours(
     ValueError: If an argument is out of its range, or shapes do not fit.
 
   Examples:
-    >>> train = np.array([[0.0], [1.0], [5.0]])
-    >>> predict_by_neighbours(
-    ...     train, [2, 1, 0], [[0.4], [4.0]], k=1, num_classes=3).tolist()
+    >>> train = np.array([[0.0], [1.0], [5.0]]), np.array([2, 1, 0])
+    >>> test = np.array([[0.4], [4.0]])
+    >>> predict_by_neighbours(*train, test, k=1, num_classes=3).tolist()
     [2, 0]
-    >>> predict_by_neighbours(
-    ...     train, [2, 1, 0], [[0.4]], k=2, num_classes=3).tolist()
+    >>> predict_by_neighbours(*train, test[:1], k=2, num_classes=3).tolist()
     [1]
   """
   train, labels = _check(train_features, train_labels, num_classes, 'train')

@@ -200,7 +200,8 @@ class NeighboursTest(parameterized.TestCase):
 
   def test_does_not_normalise(self):
     x, y = np.array([[10.0, 0.0], [1.0, 1.0]]), np.array([0, 1])
-    got = evaluate.predict_by_neighbours(x, y, [[1.0, 0.0]], k=1, num_classes=2)
+    test = np.array([[1.0, 0.0]])
+    got = evaluate.predict_by_neighbours(x, y, test, k=1, num_classes=2)
     np.testing.assert_array_equal(got, [1])
 
   def test_ties(self):

@@ -234,7 +234,9 @@ def combine(
     \end{cases}
 
   Examples:
-    >>> high, logit = combine((2.0, 0.5), (1.0, 0.25))
+    >>> early = jnp.array(2.0), jnp.array(0.5)
+    >>> late = jnp.array(1.0), jnp.array(0.25)
+    >>> high, logit = combine(early, late)
     >>> float(high), float(logit)
     (2.0, 0.25)
   """
