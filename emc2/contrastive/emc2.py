@@ -37,7 +37,7 @@ class Info(NamedTuple):
   loss: jax.Array  # (), float32: beta times mean (negative - positive) score.
   acceptance_rate: jax.Array  # (): of the proposals in the retained steps.
   stay: jax.Array  # (): share of the retained steps at the states of old.
-  overflow: jax.Array  # (): share of chains whose state found no room.
+  overflow: jax.Array  # (): share of chains whose old state lost its weight.
 
 
 class Settings(NamedTuple):
@@ -230,10 +230,10 @@ def emc2(
       chain. `'drop'` embeds nothing, compares with the old score and leaves
       the weight out: what the released code comes to.
     capacity: At most so many incoming states are embedded on a device, those
-      that are likeliest to last; a chain that would have needed more forgets
-      its state, and `info.overflow` counts it. An incoming state whose chain
-      surely moves before the burn-in ends needs no room. None embeds all. Only
-      for `'reencode'` with proposals from the batch.
+      whose old scores make them likeliest to last; the others are treated as
+      by `'drop'`, which matters only where `info.overflow` counts them. Costs
+      4 bytes a chain for the scores. None embeds all. Only for `'reencode'`
+      with proposals from the batch.
     proposals: `'batch'` proposes the batch's other samples in turn. `'uniform'`
       draws independently from the data set, as the theory does, and embeds
       all `2B (2B - 2)` of them. `'resample'` weighs the batch and both views
@@ -320,7 +320,7 @@ def emc2(
     axis_name=axis_name,
     implementation=implementation,
   )
-  keep_logit = released or out_of_batch == 'drop'
+  keep_logit = released or out_of_batch == 'drop' or capacity is not None
 
   def init_fn(key, params):
     return init(
@@ -423,32 +423,25 @@ def _sample(key, visit, leg, start, settings):
 
 
 def _incoming(key, memory, params, batch, embed_fn, settings, visit):
-  """Embeddings of the incoming states, which of them count, and overflow."""
+  """Embeddings of the incoming states, and which chains have a valid one."""
   has = visit.state_index >= 0
   if settings.released and settings.num_views is None:
     plain = jnp.full_like(visit.state_view, estimator.PLAIN_VIEW)
     states = _embed_states(params, batch, embed_fn, visit, view=plain)
-    return states, has, jnp.float32(0)
+    return states, jnp.zeros_like(has)
   if settings.released or settings.out_of_batch == 'drop':
-    return jnp.zeros_like(visit.views.rows[: has.size]), has, jnp.float32(0)
+    return jnp.zeros_like(visit.views.rows[: has.size]), jnp.zeros_like(has)
   if settings.out_of_batch == 'cached':
-    cached = memory.embedding[visit.slots].astype(visit.views.rows.dtype)
-    return cached, has, jnp.float32(0)
+    return memory.embedding[visit.slots].astype(visit.views.rows.dtype), has
   if settings.capacity is None or settings.capacity >= has.size:
-    states = _embed_states(params, batch, embed_fn, visit)
-    return states, has, jnp.float32(0)
-  # A state matters only if its logit, at most beta, reaches the peak.
+    return _embed_states(params, batch, embed_fn, visit), has
+  # A chain stays where it was as long as its state's score beats the peak.
   none = jnp.full(has.shape, -jnp.inf, jnp.float32)
   peak = _sample(key, visit, visit.legs[0], none, settings).peak
-  bound = settings.inverse_temperature * (1 + 1e-5)
-  lasting = has & (peak <= bound)
-  urgency = jnp.where(lasting, -peak, -jnp.inf)
-  _, chosen = jax.lax.top_k(urgency, settings.capacity)
+  _, chosen = jax.lax.top_k(memory.logit[visit.slots] - peak, settings.capacity)
   some = _embed_states(params, batch, embed_fn, visit, chosen)
   states = jnp.zeros((has.size, some.shape[1]), some.dtype).at[chosen].set(some)
-  known = jnp.zeros_like(has).at[chosen].set(True)
-  overflow = jnp.mean(lasting & ~known, dtype=jnp.float32)
-  return states, has & known, overflow
+  return states, has & jnp.zeros_like(has).at[chosen].set(True)
 
 
 def _walk(key, memory, params, batch, embed_fn, settings, visit):
@@ -458,24 +451,22 @@ def _walk(key, memory, params, batch, embed_fn, settings, visit):
   num_steps = num_columns - 2
   discard = math.floor(settings.burn_in * num_steps)
   retained = num_steps - discard
-  states, has, overflow = _incoming(
+  states, known = _incoming(
     key, memory, params, batch, embed_fn, settings, visit
   )
-  stale = settings.released or settings.out_of_batch == 'drop'
-  logit = memory.logit[visit.slots] if stale else None
-  last = jnp.full(has.shape, -1, jnp.int32)
-  value, accepted, stay = 0.0, 0.0, 0.0
+  logit = jnp.full(known.shape, -jnp.inf, jnp.float32)
+  if memory.logit is not None:
+    logit = memory.logit[visit.slots]
+  last = jnp.full(known.shape, -1, jnp.int32)
+  value, accepted, stay, overflow = 0.0, 0.0, 0.0, 0.0
   for leg in visit.legs:
     rows = views.rows[leg]
     inside = last >= 0
     current = jnp.where(inside[:, None], views.columns[last], states)
     score = constant(_scores(rows, current, settings))
+    start = jnp.where(inside | known, score, logit)
     if settings.released:
       start = logit
-    elif settings.out_of_batch == 'drop':
-      start = jnp.where(inside, score, logit)
-    else:
-      start = jnp.where(inside | has, score, -jnp.inf)
     draws = _sample(key, visit, leg, start, settings)
     weights = draws.counts.astype(rows.dtype) * (1 / retained)
     stay_weight = draws.stay.astype(rows.dtype) * (1 / retained)
@@ -484,29 +475,29 @@ def _walk(key, memory, params, batch, embed_fn, settings, visit):
     elif settings.released:
       extra = jnp.maximum(draws.stay - discard, 0).astype(rows.dtype)
       stay_weight = jnp.where(inside, stay_weight, extra * (1 / num_steps))
-    elif settings.out_of_batch == 'drop':
-      stay_weight = jnp.where(inside, stay_weight, 0)
+    else:
+      stay_weight = jnp.where(inside | known, stay_weight, 0)
     negatives = constant(weights) @ views.columns
     negatives += constant(stay_weight)[:, None] * current
     value += jnp.sum(_scores(rows, negatives, settings))
     accepted += jnp.mean(draws.accepted, dtype=jnp.float32) / retained
     outside = jnp.where(inside, 0, draws.stay)
     stay += jnp.mean(outside, dtype=jnp.float32) / retained
+    lost = (outside > 0) & ~known
+    overflow += jnp.mean(lost, dtype=jnp.float32)
     logit = draws.last_logit
     last = jnp.where(draws.last >= 0, draws.last, last)
   index, view = _batch_ids(batch, settings)
   moved = last >= 0
-  # A state that found no room is forgotten even if nothing replaced it.
-  kept = jnp.where(has, visit.state_index, -1)
   return _Walk(
     value=value,
-    state_index=jnp.where(moved, index[last], kept),
+    state_index=jnp.where(moved, index[last], visit.state_index),
     state_view=jnp.where(moved, view[last], visit.state_view),
     logit=logit,
     last=last,
     accepted=accepted / len(visit.legs),
     stay=stay / len(visit.legs),
-    overflow=overflow,
+    overflow=overflow / len(visit.legs),
   )
 
 
