@@ -108,7 +108,7 @@ def _rows(path: epath.Path) -> list[tuple[dict[str, Any], str]]:
   return [(json.loads(line), line) for line in lines if line.endswith('}\n')]
 
 
-def _to_json(x: np.ndarray) -> Any:
+def _to_json(x: np.ndarray | np.generic) -> Any:
   if x.ndim:
     return [_to_json(entry) for entry in x]
   if np.issubdtype(x.dtype, np.integer) or x.dtype == bool:
