@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 STAMP := $(VENV)/.installed
+PEERS := $(CURDIR)/.venv-peers/bin/python
 
-.PHONY: help run test test-all lint format bench lock clean
+.PHONY: help run test test-all lint format bench bench-peers lock clean
 
 help:  ## Says what there is to make.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s%s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' \
 	  $(MAKEFILE_LIST)
 
 run: $(STAMP)  ## Trains contrastive encoders on digits and draws the figure.
@@ -31,7 +32,14 @@ format: $(STAMP)  ## Puts every file into form.
 	$(BIN)/ruff format
 
 bench: $(STAMP)  ## Measures: `make bench ARGS=contrastive`.
-	$(BIN)/python -m emc2.experiments.bench $(ARGS)
+	$(if $(wildcard $(PEERS)),EMC2_PEERS_PYTHON=$(PEERS)) \
+	  $(BIN)/python -m emc2.experiments.bench $(ARGS)
+
+bench-peers:  ## Installs what the bench compares with, apart, on a CPU.
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 \
+	  pytorch-metric-learning==2.9.0 scikit-learn
+	.venv-peers/bin/python -m pip install --quiet --no-deps libauc==2.0.1
 
 lock: $(STAMP)  ## Pins the newest versions that setup.cfg allows.
 	$(BIN)/python -m pip install --quiet uv
@@ -40,7 +48,7 @@ lock: $(STAMP)  ## Pins the newest versions that setup.cfg allows.
 	  --custom-compile-command 'make lock' --output-file requirements.lock
 
 clean:  ## Removes what can be made again; runs/ stays.
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers build dist *.egg-info .pytest_cache .ruff_cache
 	find emc2 experiments tests transforms -name __pycache__ -prune \
 	  -exec rm -rf {} +
 
