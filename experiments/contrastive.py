@@ -545,26 +545,25 @@ def make_gradient_error(
 def make_loader(task: Task, method: 'Method', seed: int) -> Callable[..., Any]:
   """Loads a step's images on the host: its own, and those its method names.
 
+  Of several processes each reads the rows of its own devices.
+
   Returns:
     `(key, state, number of the step) -> Batch` with `data` a `Loaded`.
   """
-  dataset = task.dataset
-  specs = None
-  if task.mesh is not None:
-    spec = jax.sharding.PartitionSpec
-    rows = spec(mesh_lib.DATA)
-    specs = contrastive.Batch(rows, spec(None, mesh_lib.DATA), _loaded_specs())
 
   def load(key, state, number):
-    batch = draw_batch(task, seed, key, number)
-    index = np.asarray(batch.index)
-    contrastive.check_batch(index, dataset.num_samples)
+    batch = jax.device_get(draw_batch(task, seed, key, number))
+    index = batch.index
+    contrastive.check_batch(index, task.dataset.num_samples)
+    if task.mesh is not None:
+      spec = jax.sharding.PartitionSpec
+      specs = contrastive.Batch(spec(mesh_lib.DATA), spec(None, mesh_lib.DATA))
+      batch = mesh_lib.place(batch, task.mesh, specs)
+    else:
+      batch = jax.device_put(batch)
     batch = batch._replace(data=load_images(task, seed, index))
     more = np.asarray(method.pending(key, state, batch))
-    batch = batch._replace(data=load_images(task, seed, index, more))
-    if task.mesh is None:
-      return jax.device_put(batch)
-    return mesh_lib.place(batch, task.mesh, specs)
+    return batch._replace(data=load_images(task, seed, index, more))
 
   return load
 
@@ -572,10 +571,18 @@ def make_loader(task: Task, method: 'Method', seed: int) -> Callable[..., Any]:
 def load_images(
   task: Task, seed: int, index: np.ndarray, more: np.ndarray | None = None
 ) -> Loaded:
-  """Reads samples index (k,) and more (n,) into the memory of the host."""
-  more = index[:0] if more is None else more
-  key, fetch = jax.random.key(seed), task.dataset.fetch
-  return Loaded(key, index, fetch(index), more, fetch(more))
+  """Reads samples index (k,) and more (n,), and puts them on the devices."""
+
+  def read(index):
+    mine = np.array_split(index, jax.process_count())[jax.process_index()]
+    return mine, task.dataset.fetch(mine)
+
+  key = jax.random.key(seed)
+  loaded = *read(index), *read(index[:0] if more is None else more)
+  if task.mesh is None:
+    return Loaded(key, *jax.device_put(loaded))
+  key = mesh_lib.place(key, task.mesh)
+  return Loaded(key, *mesh_lib.gather_shards(loaded, task.mesh))
 
 
 class Method(NamedTuple):
@@ -633,7 +640,9 @@ def make_method(task: Task, name: str) -> Method:
   return Method(name, init, step, pending, fill, measure)
 
 
-def train(task: Task, method: Method, seed: int, workdir: epath.Path) -> Any:
+def train(
+  task: Task, method: Method, seed: int, workdir: epath.PathLike
+) -> Any:
   """Trains one method from one seed; returns its last state."""
   config = task.config
   key, data = jax.random.key(seed), resident_data(task, seed)

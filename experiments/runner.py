@@ -407,7 +407,7 @@ class _Log:
       if step % self._every == 0 or step == self._num_steps:
         self._writer.write(step, {name: x[row] for name, x in infos.items()})
         self._bar.set_postfix(loss=np.mean(infos['loss'][row]), refresh=False)
-    self._refuse(first_bad)
+    self._refuse(int(first_bad))
 
   def _refuse(self, first_bad: int) -> None:
     if first_bad >= 0:
