@@ -370,15 +370,21 @@ class PendingTest(parameterized.TestCase):
     params = common.table(common.clusters(9, 2))
     batch = common.batch([0, 2, 4])
     memory = _some_memory(method, 9, num_views, batch, 0)
-    embedded = []
 
-    def embed_fn(params, data, index, view):
-      embedded.append(index)
-      return _embed(params, data, index, view)
+    @jax.jit
+    def run(memory, params, batch):
+      embedded = []
 
-    key = jax.random.key(0)
-    method.surrogate(key, memory, params, batch, embed_fn)
-    named = method.pending(key, memory, params, batch, embed_fn)
+      def embed_fn(params, data, index, view):
+        embedded.append(index)
+        return _embed(params, data, index, view)
+
+      method.surrogate(KEY, memory, params, batch, embed_fn)
+      named = method.pending(KEY, memory, params, batch, embed_fn)
+      return named, embedded
+
+    named, embedded = run(memory, params, batch)
+    self.assertNotEmpty(embedded)
     named = set(np.asarray(named).tolist()) | {0, 2, 4}
     asked = set(np.concatenate([np.asarray(x) for x in embedded]).tolist())
     self.assertLessEqual(asked, named)
