@@ -20,3 +20,8 @@ class CheckingTest(parameterized.TestCase):
     lars = importlib.import_module('emc2.transforms.lars')
     with self.assertRaises(jaxtyping.TypeCheckError):
       lars.lars('fast')
+
+  def test_experiments(self):
+    schedules = importlib.import_module('emc2.experiments.schedules')
+    with self.assertRaises(jaxtyping.TypeCheckError):
+      schedules.sgd('fast')
