@@ -614,7 +614,12 @@ def make_method(task: Task, name: str) -> Method:
       batch = draw_batch(task, data.seed, key, number, data)
     return algorithm.step(key, state, batch)
 
-  @jax.jit
+  everywhere = None  # So that each process can read which samples are named.
+  if task.mesh is not None:
+    spec = jax.sharding.PartitionSpec()
+    everywhere = jax.sharding.NamedSharding(task.mesh, spec)
+
+  @functools.partial(jax.jit, out_shardings=everywhere)
   def pending(key, state, batch):
     return estimator.pending(key, state.memory, state.params, batch, embed_fn)
 

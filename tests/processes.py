@@ -42,3 +42,4 @@ def run(module: str, num_processes: int, *arguments: str, timeout=240) -> None:
   finally:
     for process in processes:
       process.kill()
+      process.communicate()

@@ -13,6 +13,8 @@ from PIL import Image
 from emc2.experiments import contrastive, runner
 from emc2.experiments import data as data_lib
 
+from tests import processes
+
 SMALL = dict(
   num_seeds=1,
   num_epochs=1,
@@ -96,6 +98,34 @@ class ContrastiveTest(parameterized.TestCase):
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
       one,
       eight,
+    )
+
+  @parameterized.parameters('emc2', 'negative_cache')
+  def test_2_processes_equal_1_and_share_the_reading(self, method):
+    settings = SMALL | dict(
+      method=method,
+      data=_folder(self.folder / 'images'),
+      memory_limit=1,
+      steps_per_call=1,
+      optimizer='sgd',
+    )
+    results = []
+    for number in (1, 2):
+      folder = self.folder / str(number)
+      folder.mkdir()
+      processes.run(
+        'tests.experiments.trains_contrastive',
+        number,
+        str(folder),
+        json.dumps(settings),
+      )
+      results.append(dict(np.load(folder / 'params.npz')))
+    one, two = results
+    self.assertEqual(one.pop('read'), 2 * two.pop('read'))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      one,
+      two,
     )
 
   @parameterized.parameters(

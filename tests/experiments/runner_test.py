@@ -146,6 +146,70 @@ class TrainTest(TrainCase):
     self.assertEqual([row['loss'] for row in _lines(self.root / 'a')],
                      list(range(7)))  # fmt: skip
 
+  @parameterized.parameters(1, 3)
+  def test_constants_reach_every_step(self, steps_per_call):
+    def step(key, state, batch):
+      number, table = batch
+      return state + table[number], {'loss': jnp.float32(0)}
+
+    table = jnp.arange(7, dtype=jnp.int32) ** 2
+    state = runner.train(
+      jnp.int32(0),
+      step,
+      constants=table,
+      key=jax.random.key(0),
+      num_steps=7,
+      workdir=self.root / 'a',
+      steps_per_call=steps_per_call,
+      checkpoint_every=3,
+    )
+    self.assertEqual(int(state), sum(t**2 for t in range(7)))
+
+  def test_prepare_sees_key_state_and_number(self):
+    seen = []
+
+    def prepare(key, state, number):
+      seen.append((jax.random.key_data(key).tolist(), int(state), number))
+      return jax.device_put(np.int32(int(state) + number))
+
+    def step(key, state, batch):
+      return state + batch, {'loss': jnp.float32(0)}
+
+    key = jax.random.key(3)
+    state = runner.train(
+      jnp.int32(1),
+      step,
+      prepare=prepare,
+      key=key,
+      num_steps=4,
+      workdir=self.root / 'a',
+    )
+    want, states = 1, []
+    for number in range(4):
+      states.append(want)
+      want += want + number
+    self.assertEqual(int(state), want)
+    folded = [jax.random.fold_in(key, number) for number in range(4)]
+    keys = [jax.random.key_data(k).tolist() for k in folded]
+    self.assertEqual(seen, list(zip(keys, states, range(4), strict=True)))
+
+  def test_trainings_of_one_step_compile_once(self):
+    traced = []
+
+    def step(key, state, number):
+      traced.append(number)
+      return state + number, {'loss': jnp.float32(0)}
+
+    for name in ('a', 'b'):
+      runner.train(
+        jnp.int32(0),
+        step,
+        key=jax.random.key(0),
+        num_steps=4,
+        workdir=self.root / name,
+      )
+    self.assertLen(traced, 1)
+
   def test_the_given_state_stays(self):
     state = toy.init(self.config, 'momentum')
     for workdir in ('a', 'b'):
@@ -250,6 +314,10 @@ class TrainTest(TrainCase):
       'evaluate_every must be a multiple of steps_per_call=2, got 5',
     ),
     ({'batches': iter('ab')}, 'batches must have get_state'),
+    (
+      {'steps_per_call': 2, 'prepare': lambda key, state, batch: batch},
+      'steps_per_call must be 1 with prepare, got 2',
+    ),
   )
   def test_refuses_wrong_settings(self, settings, message):
     with self.assertRaisesRegex(ValueError, message):
