@@ -255,7 +255,8 @@ def emc2(
     ValueError: If an argument is out of its range, or does not go with another.
 
   Examples:
-    >>> emc2(100, inverse_temperature=5.0).init(None, None).index.shape
+    >>> method = emc2(100, inverse_temperature=5.0)
+    >>> method.init(jax.random.key(0), None).index.shape
     (100, 1)
 
   .. note::

@@ -1,1 +1,3 @@
 """What `python -m emc2.experiments.bench` measures, one file a subject."""
+
+__all__ = []

@@ -49,7 +49,8 @@ class ContrastiveTest(parameterized.TestCase):
 
   def test_every_method_runs_and_is_drawn(self):
     methods = ','.join(contrastive.METHODS)
-    config = contrastive.Config(method=methods, **SMALL)
+    settings = SMALL | {'batch_size': 64, 'steps_per_call': 1}
+    config = contrastive.Config(method=methods, num_keys=128, **settings)
     results = runner.start(config, contrastive.run, self.folder)
     stored = json.loads((self.folder / 'result.json').read_text())
     self.assertEqual(results, stored)
