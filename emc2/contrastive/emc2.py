@@ -523,22 +523,6 @@ def _draw_uniform(key, index, position, num_steps, settings):
   return jax.vmap(draw)(_row_keys(key, position), index)
 
 
-def _walk_given(logits, heights, start, discard):
-  """Accepted steps and retained holding times, each (num_steps, n)."""
-  num_steps = logits.shape[0]
-  scan = jax.lax.associative_scan
-  high, held = scan(reference.combine, (heights, logits))
-  after = jnp.where(start[None, :] < high, held, start[None, :])
-  accept = jnp.concatenate([start[None, :], after[:-1]]) < heights
-  step = jnp.arange(num_steps, dtype=jnp.int32)[:, None]
-  ahead = jnp.where(accept, step, num_steps)
-  ahead = jax.lax.cummin(ahead, axis=0, reverse=True)
-  end = jnp.full_like(ahead[:1], num_steps)
-  following = jnp.concatenate([ahead[1:], end])
-  times = reference.dwell(step, following, discard)
-  return accept, jnp.where(accept, times, 0)
-
-
 def _walk_uniform(key, memory, params, batch, embed_fn, settings, visit):
   """Proposes samples drawn independently from the whole data set."""
   del memory
@@ -565,7 +549,8 @@ def _walk_uniform(key, memory, params, batch, embed_fn, settings, visit):
     start = constant(_scores(rows, states, settings))
     start = jnp.where(has, start, -jnp.inf)
     step = jnp.arange(num_steps, dtype=jnp.int32)[:, None]
-    accept, held = _walk_given(logits, heights, start, discard)
+    accept, _ = reference.walk(logits, heights, start)
+    held, _ = reference.hold(accept, step, num_steps, discard)
     weights = held.T.astype(rows.dtype) * (1 / retained)
     left = 1 - jnp.sum(weights, axis=1)
     negatives = jnp.einsum('at,atd->ad', constant(weights), proposed)

@@ -245,6 +245,46 @@ def combine(
   return jnp.maximum(h1, h2), jnp.where(moved, l2, l1)
 
 
+def walk(
+  logit: jax.Array, high: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Walks chains past given proposals in a depth that grows as log k.
+
+  Args:
+    logit: (k, n), float32: of the proposals, in order.
+    high: (k, n): the logits that they beat, i.e. `logit - log u`.
+    start: (n,): logits of the incoming states, -inf for none.
+
+  Returns:
+    Which proposals are accepted, and the logit after each step; both (k, n).
+  """
+  top, held = jax.lax.associative_scan(combine, (high, logit), axis=0)
+  after = jnp.where(start[None, :] < top, held, start[None, :])
+  before = jnp.concatenate([start[None, :], after[:-1]])
+  return before < high, after
+
+
+def hold(
+  accept: jax.Array, step: jax.Array, total: int, discard: int
+) -> tuple[jax.Array, jax.Array]:
+  """Counts the retained steps for which each accepted state is held.
+
+  Args:
+    accept: (k, n), bool.
+    step: (k, n) or (k, 1), int32, not falling: the steps of the proposals.
+    total: steps of the whole walk.
+    discard: steps at its begin that do not count.
+
+  Returns:
+    (k, n), int32; and the first accepted step of each chain, `total` if none.
+  """
+  ahead = jnp.where(accept, step, total)
+  ahead = jax.lax.cummin(ahead, axis=0, reverse=True)
+  end = jnp.full_like(ahead[:1], total)
+  following = jnp.concatenate([ahead[1:], end])
+  return jnp.where(accept, dwell(step, following, discard), 0), ahead[0]
+
+
 def associative(
   key: jax.Array,
   rows: jax.Array,
@@ -266,19 +306,13 @@ def associative(
   total = c if own_steps else c - 2
   number = jnp.arange(c, dtype=jnp.int32)
   l, h = chains.propose(columns, number)
-  high, held = jax.lax.associative_scan(combine, (h, l), axis=0)
-  after = jnp.where(start[None, :] < high, held, start[None, :])
-  before = jnp.concatenate([start[None, :], after[:-1]])
-  accept = before < h
+  accept, after = walk(l, h, start)
   step = chains.steps(number[:, None])
-  ahead = jax.lax.cummin(jnp.where(accept, step, total), axis=0, reverse=True)
-  end = jnp.full_like(ahead[:1], total)
-  following = jnp.concatenate([ahead[1:], end])
-  counts = jnp.where(accept, dwell(step, following, discard), 0)
+  counts, first = hold(accept, step, total, discard)
   retained = (accept & (step >= discard)).astype(jnp.int32)
   return Draws(
     counts=counts.astype(jnp.uint16).T,
-    stay=jnp.maximum(ahead[0] - discard, 0),
+    stay=jnp.maximum(first - discard, 0),
     last=jnp.max(jnp.where(accept, number[:, None], -1), axis=0),
     last_logit=after[-1],
     accepted=jnp.sum(retained, axis=0, dtype=jnp.int32),
