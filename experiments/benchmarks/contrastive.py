@@ -9,7 +9,7 @@ Cases, for `--only`:
 - `step`: a whole training step of EMC² over one of SimCLR, same small ResNet,
   same Adam, stored images of 32 x 32 pixels and no augmentation, which would
   only hide what the method costs;
-- `overflow`: how many chains forget their state at the capacity of those steps;
+- `overflow`: how many old states lose their weight at their capacity;
 - `kernel`: the Pallas kernels over plain JAX, where there is an accelerator.
 """
 
@@ -269,7 +269,7 @@ def _training_toy(method, **arguments):
 
 
 def _overflow(*, batch_size, num_views, capacity, num_steps, num_samples=1024):
-  """Share of chains without room in the last tenth of a training run."""
+  """Share of old states lost in the last tenth of a training run."""
   data, first, step = _training(
     'emc2', 8, num_samples, 128, num_views=num_views, capacity=capacity
   )
@@ -545,7 +545,7 @@ def _step_cases(smoke):
 
 
 def _overflow_cases(smoke):
-  """What the speed of a small capacity costs: forgotten states."""
+  """What the speed of a small capacity costs: old states without weight."""
   num_steps = 1 if smoke else 200
 
   def run(context, batch_size, num_views):
@@ -556,7 +556,7 @@ def _overflow_cases(smoke):
     return [
       harness.Row(
         name=f'overflow: room for B/16, {views} views, B={batch_size}',
-        metric=f'share of chains that forget, {num_steps} steps, 8 pixels',
+        metric=f'share of old states lost, {num_steps} steps, 8 pixels',
         unit='',
         ours=harness.Figure.exact(share),
       )
