@@ -21,6 +21,11 @@ from emc2.kernels.metropolis import reference
 OUT_OF_BATCH = ('reencode', 'drop', 'cached')
 PROPOSALS = ('batch', 'uniform', 'resample')
 
+# A CPU makes floats of this many counts at a time, or of as many as so many
+# columns have: a larger array is mapped and zeroed anew by each call.
+_BLOCK_ENTRIES = 2**20
+_MIN_COLUMNS = 128
+
 
 class Memory(NamedTuple):
   """The chains: one per view of each sample, or one per sample (A = 1)."""
@@ -445,6 +450,61 @@ def _incoming(key, memory, params, batch, embed_fn, settings, visit):
   return states, has & jnp.zeros_like(has).at[chosen].set(True)
 
 
+def _pull(counts, rows, columns):
+  """Gradients of `_weighted_scores`: to rows (n, d) and to columns (c, d)."""
+  wide = jnp.promote_types(rows.dtype, jnp.float32)
+  matmul = functools.partial(jnp.matmul, preferred_element_type=wide)
+  weights = counts.astype(rows.dtype)
+  return matmul(weights, columns), matmul(weights.T, rows)
+
+
+def _pull_blocks(counts, rows, columns):
+  """The same for a CPU, by blocks of columns, as the sampler lays counts there.
+
+  The sum over columns goes to the transposed rows: a matmul that contracts the
+  leading axis of the larger array takes twice the time.
+  """
+  wide = jnp.promote_types(rows.dtype, jnp.float32)
+  matmul = functools.partial(jnp.matmul, preferred_element_type=wide)
+  n, c = counts.shape
+  num_blocks = -(-c // max(_MIN_COLUMNS, _BLOCK_ENTRIES // n))
+  size = -(-c // num_blocks)
+  fill = [(0, num_blocks * size - c), (0, 0)]
+  split = lambda x: jnp.pad(x, fill).reshape(num_blocks, size, x.shape[1])
+
+  def block(d_rows, xs):
+    counts, columns = xs
+    weights = counts.astype(rows.dtype)
+    return d_rows + matmul(columns.T, weights), matmul(weights, rows)
+
+  d_rows, d_columns = jax.lax.scan(
+    block, jnp.zeros_like(rows.T, wide), (split(counts.T), split(columns))
+  )
+  return d_rows.T, d_columns.reshape(-1, rows.shape[1])[:c]
+
+
+@jax.custom_vjp
+def _weighted_scores(counts, rows, columns):
+  """Sum of rows (n, d) times columns (c, d), each `counts` (n, c) times: ()."""
+  return _weighted_scores_fwd(counts, rows, columns)[0]
+
+
+def _weighted_scores_fwd(counts, rows, columns):
+  d_rows, d_columns = jax.lax.platform_dependent(
+    counts, rows, columns, cpu=_pull_blocks, default=_pull
+  )
+  value = jnp.sum(rows.astype(d_rows.dtype) * d_rows)
+  return value, (d_rows.astype(rows.dtype), d_columns.astype(columns.dtype))
+
+
+def _weighted_scores_bwd(pulls, cotangent):
+  pull = lambda x: (cotangent * x.astype(cotangent.dtype)).astype(x.dtype)
+  return None, *map(pull, pulls)
+
+
+_weighted_scores.defvjp(_weighted_scores_fwd, _weighted_scores_bwd)
+
+
 def _walk(key, memory, params, batch, embed_fn, settings, visit):
   """Proposes the columns of the batch, in order."""
   views, constant = visit.views, jax.lax.stop_gradient
@@ -469,18 +529,17 @@ def _walk(key, memory, params, batch, embed_fn, settings, visit):
     if settings.released:
       start = logit
     draws = _sample(key, visit, leg, start, settings)
-    weights = draws.counts.astype(rows.dtype) * (1 / retained)
-    stay_weight = draws.stay.astype(rows.dtype) * (1 / retained)
+    stay_weight = draws.stay.astype(score.dtype) * (1 / retained)
     if settings.released and settings.num_views is not None:
       current = jnp.broadcast_to(views.columns[-1], rows.shape)
     elif settings.released:
-      extra = jnp.maximum(draws.stay - discard, 0).astype(rows.dtype)
+      extra = jnp.maximum(draws.stay - discard, 0).astype(score.dtype)
       stay_weight = jnp.where(inside, stay_weight, extra * (1 / num_steps))
     else:
       stay_weight = jnp.where(inside | known, stay_weight, 0)
-    negatives = constant(weights) @ views.columns
-    negatives += constant(stay_weight)[:, None] * current
-    value += jnp.sum(_scores(rows, negatives, settings))
+    weighted = _weighted_scores(draws.counts, rows, views.columns)
+    value += settings.inverse_temperature / retained * weighted
+    value += jnp.sum(stay_weight * _scores(rows, current, settings))
     accepted += jnp.mean(draws.accepted, dtype=jnp.float32) / retained
     outside = jnp.where(inside, 0, draws.stay)
     stay += jnp.mean(outside, dtype=jnp.float32) / retained
