@@ -5,8 +5,8 @@ The core knows jax and numpy only. Gradient transformations stand in
 from here.
 """
 
-from emc2 import algorithm, contrastive, kernels, mesh
+from emc2 import algorithm, contrastive, kernels, mesh, sphere
 
 __version__ = '0.1.0'
 
-__all__ = ['algorithm', 'contrastive', 'kernels', 'mesh']
+__all__ = ['algorithm', 'contrastive', 'kernels', 'mesh', 'sphere']
