@@ -150,8 +150,8 @@ def transport(
     (..., n, k): tangent vectors at the points.
 
   Examples:
-    >>> transport(jnp.array([[0.6, 0.8]]), jnp.array([[0.0, 1.0]]))
-    Array([[-0.48,  0.36]], dtype=float32)
+    >>> transport(jnp.array([[1.0, 0.0]]), jnp.array([[-0.6, 0.8]]))
+    Array([[0. , 0.8]], dtype=float32)
   """
   return project(points, vectors)
 
@@ -187,6 +187,43 @@ def limit(
   return jnp.where(peak > max_norm / norm, unit * (max_norm / norm), vectors)
 
 
+def move(
+  points: jax.typing.ArrayLike,
+  vectors: jax.typing.ArrayLike,
+  max_step: jax.typing.ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  r"""Retracts along vectors of bounded length.
+
+  Args:
+    points: (..., n, k), unit rows.
+    vectors: (..., n, k), tangent rows of the same dtype.
+    max_step: (), the bound, positive. None means :math:`0.5 / \sqrt n`, about a
+      seventh of the mean distance to the nearest point on the ordinary sphere.
+
+  Returns:
+    The points (..., n, k), and the share (...) of the vectors that were longer.
+
+  Examples:
+    >>> points = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> vectors = jnp.array([[0.0, 9.0], [0.0, 0.0]])
+    >>> move(points, vectors, 0.75)
+    (Array([[0.8, 0.6],
+           [0. , 1. ]], dtype=float32), Array(0.5, dtype=float32))
+  """
+  points, vectors = jnp.asarray(points), jnp.asarray(vectors)
+  if max_step is None:
+    max_step = 0.5 / math.sqrt(points.shape[-2])
+  shorter = limit(vectors, max_step)
+  longer = jnp.any(shorter != vectors, axis=-1)
+  return retract(points, shorter), jnp.mean(longer, axis=-1, dtype=points.dtype)
+
+
+def check_max_step(max_step: jax.typing.ArrayLike | None) -> None:
+  """Refuses a number that is not above zero; None and arrays pass."""
+  if isinstance(max_step, int | float) and not max_step > 0:
+    raise ValueError(f'max_step must be positive, got {max_step}.')
+
+
 def draw_uniform(
   key: jax.Array,
   num_points: int,
@@ -216,7 +253,7 @@ def draw_uniform(
     raise ValueError(f'num_points must be at least 1, got {num_points}.')
   if dim < 2:
     raise ValueError(f'dim must be at least 2, got {dim}.')
-  dtype = jnp.dtype(float) if dtype is None else dtype
+  dtype = jnp.result_type(float) if dtype is None else dtype
   return normalize(jax.random.normal(key, (num_points, dim), dtype))
 
 
@@ -264,8 +301,9 @@ def check_points(points: jax.typing.ArrayLike) -> None:
   norm = np.linalg.norm(points, axis=1)
   bad = np.flatnonzero(np.abs(norm - 1) > epsilon**0.75)
   if bad.size:
+    row = bad[0]
     raise ValueError(
-      f'points must be unit rows, but row {bad[0]} has norm {norm[bad[0]]:.10g}.'
+      f'points must be unit rows, but row {row} has norm {norm[row]:.16g}.'
     )
   pair = _coincident(points, max(1e-12, 2 * epsilon))
   if pair is not None:
