@@ -145,6 +145,30 @@ def gather_shards(tree: Any, mesh: jax.sharding.Mesh, specs: Any = None) -> Any:
   return jax.tree.map(join, specs, tree, is_leaf=is_spec)
 
 
+def vary_alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
+  """Inside `shard_map`, lets all vary over the mesh axes that any varies over.
+
+  The transpose of the cast is the sum over the axes that a replicated argument
+  owes to its gradient.
+
+  Args:
+    *arrays: Arrays, or None, which stays.
+
+  Returns:
+    The same values.
+  """
+  varying = lambda x: jax.typeof(x).manual_axis_type.varying
+  axes = frozenset().union(*(varying(x) for x in arrays if x is not None))
+
+  def cast(x):
+    if x is None:
+      return None
+    missing = tuple(sorted(axes - varying(x)))
+    return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+  return [cast(x) for x in arrays]
+
+
 def _put(leaf: Any, sharding: jax.sharding.NamedSharding) -> jax.Array:
   """Places one global value; works when processes see only their devices."""
   if jax.process_count() == 1:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from emc2 import mesh
 from emc2.kernels.row_logsumexp import pallas_gpu, pallas_tpu, reference
 
 _KERNELS = {
@@ -118,24 +119,6 @@ def _check(rows, columns, position, scale, implementation):
     )
 
 
-def _vary_alike(*arrays):
-  """Inside `shard_map`, lets all vary over the mesh axes that any varies over.
-
-  The transpose of the cast is the sum over the axes that a replicated argument
-  owes to its gradient.
-  """
-  varying = lambda x: jax.typeof(x).manual_axis_type.varying
-  axes = frozenset().union(*(varying(x) for x in arrays if x is not None))
-
-  def cast(x):
-    if x is None:
-      return None
-    missing = tuple(sorted(axes - varying(x)))
-    return jax.lax.pcast(x, missing, to='varying') if missing else x
-
-  return [cast(x) for x in arrays]
-
-
 def row_logsumexp(
   rows: jax.typing.ArrayLike,
   columns: jax.typing.ArrayLike | None,
@@ -215,7 +198,7 @@ def row_logsumexp(
   else:
     image = position.astype(jnp.int32) % (columns.shape[0] // 2)
   scale = jnp.broadcast_to(scale.astype(jnp.float32), (n,))
-  rows, columns, image, scale = _vary_alike(rows, columns, image, scale)
+  rows, columns, image, scale = mesh.vary_alike(rows, columns, image, scale)
   return RowLogsumexp(
     *_row_logsumexp(implementation, rows, columns, image, scale)
   )
