@@ -181,6 +181,8 @@ def limit(
   vectors = jnp.asarray(vectors)
   max_norm = jnp.asarray(max_norm).astype(vectors.dtype)
   peak = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
+  # XLA multiplies by the inverse, which may not be so small that it is lost.
+  peak = jnp.minimum(peak, jnp.finfo(vectors.dtype).max / 16)
   unit = vectors / jnp.where(peak > 0, peak, 1)
   norm = jnp.linalg.norm(unit, axis=-1, keepdims=True)
   norm = jnp.where(peak > 0, norm, 1)

@@ -292,7 +292,7 @@ def pair_sgd(
     ...   jax.random.key(2), state, jnp.arange(2_000), sgd.step
     ... )
     >>> everything = jnp.stack(jnp.triu_indices(12, 1))
-    >>> estimate(state.points, everything, 1.0).energy < 50  # The least is 49.165.
+    >>> estimate(state.points, everything, 1.0).energy < 50  # At least 49.17.
     Array(True, dtype=bool)
 
   References:
