@@ -1,6 +1,16 @@
 """Points on a sphere: energies, tangent spaces, and how to spread them."""
 
-from emc2.sphere import langevin, manifold, neighbours, pairs, schedules
+from emc2.sphere import (
+  closed_forms,
+  configurations,
+  langevin,
+  manifold,
+  minima,
+  neighbours,
+  pairs,
+  schedules,
+  symmetry,
+)
 from emc2.sphere.manifold import (
   check_points,
   draw_uniform,
@@ -12,6 +22,7 @@ from emc2.sphere.manifold import (
   retract,
   transport,
 )
+from emc2.sphere.minima import Minimum, best_known
 from emc2.sphere.neighbours import (
   check_triangulation,
   degrees,
@@ -20,18 +31,25 @@ from emc2.sphere.neighbours import (
   nearest_distances,
 )
 from emc2.sphere.pairs import pair_sgd
+from emc2.sphere.symmetry import icosadeltahedral, symmetric_seed
 
 __all__ = [
+  'Minimum',
+  'best_known',
   'check_points',
   'check_triangulation',
+  'closed_forms',
+  'configurations',
   'degrees',
   'disclination_charges',
   'draw_uniform',
   'exponential',
+  'icosadeltahedral',
   'langevin',
   'limit',
   'manifold',
   'min_distance',
+  'minima',
   'move',
   'nearest_distances',
   'neighbours',
@@ -41,5 +59,7 @@ __all__ = [
   'project',
   'retract',
   'schedules',
+  'symmetric_seed',
+  'symmetry',
   'transport',
 ]

@@ -25,6 +25,17 @@ class SetupTest(parameterized.TestCase):
         (module.path.parent / '__init__.py').exists(), module.path
       )
 
+  def test_each_data_file_is_listed(self):
+    """A wheel holds no other file than these and the modules."""
+    listed = dict(tree.setup_cfg()['options.package_data'].items())
+    for module in tree.all_modules():
+      if module.is_package:
+        patterns = listed.pop(module.name, '').split()
+        for path in tree.data_files(module):
+          matches = [path.match(pattern) for pattern in patterns]
+          self.assertTrue(any(matches), msg=f'{module.name}: {path.name}')
+    self.assertEmpty(listed)
+
   def test_folders_are_mapped(self):
     lines = tree.option('options', 'package_dir')
     mapped = dict(line.split(' = ') for line in lines)
@@ -78,6 +89,10 @@ class WheelTest(parameterized.TestCase):
       name = '/'.join(module.name.split('.'))
       name += '/__init__.py' if module.is_package else '.py'
       self.assertIn(name, held)
+      if module.is_package:
+        for path in tree.data_files(module):
+          folder_name = name.removesuffix('/__init__.py')
+          self.assertIn(f'{folder_name}/{path.name}', held)
     tops = {name.split('/')[0] for name in held}
     self.assertEqual({top for top in tops if '.dist-info' not in top}, {'emc2'})
 
@@ -90,17 +105,19 @@ class WheelTest(parameterized.TestCase):
     (away / 'transforms.py').write_text('')
     code = (
       'import emc2.transforms, emc2.experiments, transforms, experiments\n'
+      'import emc2.sphere\n'
       'import sys\n'
       'for name in ("transforms", "experiments"):\n'
       '  print(sys.modules["emc2." + name].__file__)\n'
       '  print(sys.modules[name].__file__)\n'
       'print(emc2.transforms.lars(0.1) is not None)\n'
+      'print(emc2.sphere.best_known(7).configuration)\n'
     )
     lines = self._run([python, '-c', code], away).splitlines()
     for ours, theirs in (lines[:2], lines[2:4]):
       self.assertIn('site-packages', ours)
       self.assertStartsWith(theirs, str(away))
-    self.assertEqual(lines[4:], ['True'])
+    self.assertEqual(lines[4:], ['True', 'D5h'])
 
   def _run(self, command: list, cwd: pathlib.Path) -> str:
     done = subprocess.run(

@@ -43,6 +43,16 @@ def all_modules() -> list[Module]:
   return [module for package in FOLDERS for module in modules(package)]
 
 
+def data_files(package: Module) -> list[pathlib.Path]:
+  """Lists what lies beside the modules of one package, tables for instance."""
+  folder = package.path.parent
+  return sorted(
+    path
+    for path in folder.iterdir()
+    if path.is_file() and path.suffix != '.py' and path.name[0] != '.'
+  )
+
+
 def cases(found: Iterable[Module]) -> list[dict]:
   """Makes one named test case of each module."""
   return [
