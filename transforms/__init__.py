@@ -1,6 +1,24 @@
 """Optax gradient transformations, one file each."""
 
+from emc2.transforms.add_tangent_noise import (
+  AddTangentNoiseState,
+  add_tangent_noise,
+)
+from emc2.transforms.backtrack import BacktrackState, backtrack
 from emc2.transforms.lars import lars
+from emc2.transforms.riemannian import (
+  MOMENTUM_BUFFERS,
+  cap_rows,
+  project_tangent,
+  retract,
+  riemannian,
+  search_on_sphere,
+  transport_momentum,
+)
+from emc2.transforms.scale_by_row_adam import (
+  ScaleByRowAdamState,
+  scale_by_row_adam,
+)
 
 if __name__ != 'emc2.transforms':
   raise ImportError(
@@ -8,4 +26,19 @@ if __name__ != 'emc2.transforms':
     'classes would be two classes each.'
   )
 
-__all__ = ['lars']
+__all__ = [
+  'MOMENTUM_BUFFERS',
+  'AddTangentNoiseState',
+  'BacktrackState',
+  'ScaleByRowAdamState',
+  'add_tangent_noise',
+  'backtrack',
+  'cap_rows',
+  'lars',
+  'project_tangent',
+  'retract',
+  'riemannian',
+  'scale_by_row_adam',
+  'search_on_sphere',
+  'transport_momentum',
+]
