@@ -265,7 +265,7 @@ class CheckPointsTest(parameterized.TestCase):
 
   def test_finds_a_pair_among_many(self):
     rng = np.random.default_rng(0)
-    for seed in range(5):
+    for _ in range(5):
       points = _unit(rng, 20_000, 3)
       i, j = sorted(rng.choice(20_000, 2, replace=False))
       points[j] = points[i]
