@@ -1,7 +1,7 @@
 """Runs an optimiser on the sphere until the gradient is small."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ CONVERGED, EXHAUSTED, STALLED, NON_FINITE = range(4)
 """Codes of `Minimum.status`."""
 
 
+@runtime_checkable
 class Optimizer(Protocol):
   """What optax calls a gradient transformation with extra arguments."""
 
@@ -110,7 +111,7 @@ def minimize(
     in_time = best.num_evaluations < max_evaluations
     return (best.status == EXHAUSTED) & in_time
 
-  far = jnp.full_like(points, jnp.inf, shape=())
+  far = jnp.full_like(points, jnp.finfo(points.dtype).max, shape=())
   best = Minimum(
     points, far, far, jnp.int32(0), jnp.full([], EXHAUSTED, jnp.int32)
   )
