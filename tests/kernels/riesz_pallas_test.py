@@ -15,7 +15,7 @@ from emc2.kernels.riesz.specs import SPECS
 
 P = jax.sharding.PartitionSpec
 
-# On a TPU, which has no float64, and on a GPU, whose kernel has an end too.
+# A TPU has no float64.
 FOR_TPU = [name for name in sorted(SPECS) if 'float64' not in name]
 
 
@@ -105,23 +105,24 @@ class PairTest(parameterized.TestCase):
 class TpuKernelTest(parameterized.TestCase):
   """Interpreted."""
 
+  def setUp(self):
+    super().setUp()
+    # Loops not unrolled compile in a quarter of the time.
+    self.enter_context(mock.patch.object(pallas_tpu, '_UNROLL', 1))
+
   @parameterized.named_parameters(
     ('two_points', 2, None, 3, (), 1.0),
-    ('one_tile', 100, None, 3, (), 1.0),
-    ('tiles', 1100, None, 3, (), 1.0),
+    ('tiles', 600, None, 3, (), 1.0),
     ('chains', 70, None, 3, (2, 3), 1.0),
     ('visitors', 130, 700, 3, (), 1.0),
     ('few_visitors', 520, 3, 3, (2,), 1.0),
     ('logarithmic', 300, None, 3, (), 0.0),
-    ('even', 40, None, 4, (), 2.0),
-    ('high', 40, None, 2, (), 7.0),
-    ('fractional', 40, 30, 3, (), 0.5),
+    ('fractional', 40, 30, 2, (), 2.5),
     ('last_by_differences', 130, None, 8, (), 1.0),
     ('first_by_products', 130, None, 9, (), 1.0),
     ('products_in_tiles', 600, None, 24, (), 1.0),
     ('products_of_visitors', 30, 550, 24, (2,), 3.0),
     ('logarithmic_products', 300, None, 12, (), 0.0),
-    ('fractional_products', 30, 50, 12, (), 2.5),
   )
   def test_matches_float64(self, n, m, k, batch, exponent):
     rows, columns = problem(n, m, k, batch, seed=n)
@@ -141,19 +142,19 @@ class TpuKernelTest(parameterized.TestCase):
     potential, _ = run(pallas_tpu, rows, rows, 1.0)
     self.assertGreater(np.asarray(potential).min(), 1e3)
 
-  @parameterized.parameters(3, 12)
-  def test_bfloat16_is_computed_in_float32(self, k):
-    rows, columns = problem(40, 30, k, dtype='bfloat16')
+  def test_bfloat16_is_computed_in_float32(self):
+    rows, columns = problem(40, 30, dtype='bfloat16')
     got = run(pallas_tpu, rows, columns, 1.0)
     for g in got:
       self.assertEqual(g.dtype, jnp.bfloat16)
     assert_close(got, oracle(rows, columns, 1.0), 2**-8)
 
   def test_tiles_do_not_matter(self):
-    rows, _ = problem(600)
+    rows, _ = problem(300)
     want = run(pallas_tpu, rows, None, 1.0)
     self.enter_context(mock.patch.object(pallas_tpu, '_HELD', 128))
-    self.enter_context(mock.patch.object(pallas_tpu, '_STREAMED', 256))
+    self.enter_context(mock.patch.object(pallas_tpu, '_STREAMED', 128))
+    self.enter_context(mock.patch.object(pallas_tpu, '_UNROLL', 4))
     got = run(pallas_tpu, rows, None, 1.0)
     assert_close(got, [np.asarray(w, np.float64) for w in want], 1e-6)
 
@@ -171,7 +172,7 @@ class GpuKernelTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ('two_points', 2, None, 3, (), 1.0),
-    ('parts', 300, None, 3, (), 1.0),
+    ('parts', 140, None, 3, (), 1.0),
     ('chains', 70, None, 3, (2, 1), 2.0),
     ('visitors', 20, 150, 3, (), 1.0),
     ('logarithmic', 40, None, 4, (), 0.0),
@@ -185,7 +186,9 @@ class GpuKernelTest(parameterized.TestCase):
 
   @parameterized.parameters((None, 1.0), (30, 0.0), (30, 0.5))
   def test_float64(self, m, exponent):
-    self.enterContext(jax.enable_x64(True))
+    # For all threads: the interpreter calls back from others than this.
+    jax.config.update('jax_enable_x64', True)
+    self.addCleanup(jax.config.update, 'jax_enable_x64', False)
     rows, columns = problem(40, m, dtype='float64')
     got = run(pallas_gpu, rows, columns, exponent)
     self.assertEqual(got[0].dtype, jnp.float64)
@@ -210,8 +213,8 @@ class GpuKernelTest(parameterized.TestCase):
     ('both', {'_PROCESSORS': 0, '_BLOCKS': 1, '_TILE': 64}),
   )
   def test_plan_does_not_matter(self, constants):
-    rows, _ = problem(300)
-    plan = lambda: pallas_gpu._plan(1, 300, 300, 3, 4)
+    rows, _ = problem(140)
+    plan = lambda: pallas_gpu._plan(1, 140, 140, 3, 4)
     before = plan()
     for name, value in constants.items():
       self.enter_context(mock.patch.object(pallas_gpu, name, value))
@@ -220,22 +223,19 @@ class GpuKernelTest(parameterized.TestCase):
     assert_close(got, oracle(rows, None, 1.0), 2e-6)
 
   @parameterized.product(
-    batch=(1, 64),
-    n=(2, 470, 4000, 100_000),
-    m=(1, 129, 4000, 100_000),
-    k=(2, 3, 8, 24),
-    itemsize=(4, 8),
+    n=(2, 470, 4000, 100_000), m=(1, 129, 4000, 100_000), k=(2, 3, 8, 24)
   )
-  def test_plan(self, batch, n, m, k, itemsize):
-    rows, tile, steps, parts = pallas_gpu._plan(batch, n, m, k, itemsize)
-    # Every column is met, and no part is empty.
-    self.assertGreaterEqual(tile * steps * parts, m)
-    self.assertLess(tile * steps * (parts - 1), m)
-    words = rows * (3 * k + 2) * itemsize // 4
-    self.assertTrue(rows == 1 or words <= pallas_gpu._REGISTERS)
-    # What the parts write is of the order of the points, or of the chip.
-    blocks = batch * -(-n // (128 * rows))
-    self.assertLessEqual((parts - 1) * blocks, pallas_gpu._BLOCKS)
+  def test_plan(self, n, m, k):
+    for batch, itemsize in ((1, 4), (64, 4), (3, 8)):
+      rows, tile, steps, parts = pallas_gpu._plan(batch, n, m, k, itemsize)
+      # Every column is met, and no part is empty.
+      self.assertGreaterEqual(tile * steps * parts, m)
+      self.assertLess(tile * steps * (parts - 1), m)
+      words = rows * (3 * k + 2) * itemsize // 4
+      self.assertTrue(rows == 1 or words <= pallas_gpu._REGISTERS)
+      # What parts write is of the order of the points, or of the chip.
+      blocks = batch * -(-n // (128 * rows))
+      self.assertLessEqual((parts - 1) * blocks, pallas_gpu._BLOCKS)
 
   @parameterized.named_parameters(
     ('dtype', np.zeros((4, 3), 'e'), 'bfloat16 or float64, got float16'),
@@ -257,9 +257,9 @@ class LoweringTest(parameterized.TestCase):
     args = (rows,) if columns is None else (rows, columns)
     return lowering.lower_for(fn, *args, platform=platform, kind=kind).as_text()
 
-  @parameterized.product(name=FOR_TPU, kind=('TPU v5 lite', 'TPU v6 lite'))
-  def test_tpu(self, name, kind):
-    text = self._text(name, 'tpu', kind)
+  @parameterized.parameters(*FOR_TPU)
+  def test_tpu(self, name):
+    text = self._text(name, 'tpu')
     self.assertEqual(text.count('@tpu_custom_call'), 1)
     self.assertEqual(text.count('kernel_name = "riesz"'), 1)
 

@@ -1,11 +1,14 @@
 """All-pairs Riesz potentials and gradients: a kernel for Hopper GPUs.
 
 Each thread keeps some rows in registers, with their sums, and all threads of a
-block walk the same columns: a coordinate of a column is one word of shared
-memory that the whole warp reads at once. Nothing is ever summed across threads.
-A pair takes 12 additions, multiplications and fused multiply-adds in three
-dimensions at exponent 1, and one reciprocal square root, of which the chip
-makes an eighth as many at a time: the former set the pace.
+block walk the same columns: a coordinate of a column is one word that a whole
+warp reads at once, from the first-level cache. Nothing is ever summed across
+threads; where blocks of rows are too few for the chip, parts of the columns go
+to blocks of their own.
+
+In three dimensions at exponent 1 a pair takes 12 additions, multiplications and
+fused multiply-adds, and one reciprocal square root. The chip makes an eighth as
+many of the latter at a time, so the former set the pace.
 """
 
 import functools
@@ -22,8 +25,7 @@ _THREADS = 128  # Of a warpgroup, which is a block.
 _REGISTERS = 96  # A thread's for coordinates and sums; the rest work.
 _MAX_ROWS = 4  # A thread's: enough to outweigh the read of a column.
 _MAX_DIM = 24
-_TILE = 256  # Columns in a copy to shared memory.
-_STAGES = 2  # Copies in flight.
+_TILE = 256  # Columns whose sums are added up before all others.
 _MIN_COLUMNS = 64  # Fewer do not repay the start of a block.
 _PROCESSORS = 132
 _BLOCKS = 16 * _PROCESSORS  # Enough to keep all of them evenly busy.
@@ -61,10 +63,8 @@ def _plan(batch, n, m, k, itemsize):
 
 def _kernel(x_ref, y_ref, out_ref, *, m, tile, steps, block, exponent, among):
   """Sums of one block of rows over one part of the columns."""
-  part, point, first = (
-    jax.lax.axis_index(name) for name in ('part', 'batch', 'block')
-  )
-  first = first * block
+  part, point = jax.lax.axis_index('part'), jax.lax.axis_index('batch')
+  first = jax.lax.axis_index('block') * block
   own = pl.ds(first, block)
   k = y_ref.shape[2]
   x = [x_ref[point, c, own] for c in range(k)]
@@ -130,8 +130,8 @@ def forward(rows, columns, exponent, *, interpret=None):
       among=among,
     ),
     out_type=jax.ShapeDtypeStruct((parts, num, k + 1, x.shape[2]), x.dtype),
-    grid=(x.shape[2] // block, num, parts),
-    grid_names=('block', 'batch', 'part'),
+    grid=(parts, x.shape[2] // block, num),
+    grid_names=('part', 'block', 'batch'),  # The last may be long.
     kernel_name='riesz',
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup
