@@ -5,6 +5,9 @@ block of rows. Up to 8 dimensions differences are taken, eight columns at a
 time, so that a group of pairs, with the sums of its rows, stays in registers.
 Above, squared distances and sums are products on the matrix unit:
 `sum_j w_ij (x_i - y_j) = x_i sum_j w_ij - sum_j w_ij y_j`.
+
+No step of Newton follows a reciprocal square root: where the chip's own is
+coarse, as on v5e, the compiler has one already.
 """
 
 import functools
