@@ -125,8 +125,7 @@ def backtrack(
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
-    dtype = functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+    dtype = rows.wide_dtype(*jax.tree.leaves(params))
     zeros = optax.tree.zeros_like(params)
     return BacktrackState(
       # A copy, for params and state may both be donated.

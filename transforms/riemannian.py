@@ -97,7 +97,11 @@ def cap_rows(
 
   def update_fn(updates, params):
     del params
-    cap = lambda u: manifold.limit(rows.widen(u), max_norm).astype(u.dtype)
+
+    def cap(leaf):
+      wide = leaf.astype(rows.wide_dtype(leaf))
+      return manifold.limit(wide, max_norm).astype(leaf.dtype)
+
     return jax.tree.map(cap, updates)
 
   return optax.with_extra_args_support(optax.stateless(update_fn))
@@ -355,7 +359,10 @@ def _on_sphere(
 
   @functools.wraps(value_fn)
   def value_on_sphere(trial, *args, **kwargs):
-    vectors = rows.project(params, optax.tree.sub(trial, params))
+    vectors = optax.tree.sub(trial, params)
+    if map == 'exponential':
+      # Its formula is not meant for others; retractions are for any vector.
+      vectors = rows.project(params, vectors)
     return value_fn(rows.move(map, params, vectors), *args, **kwargs)
 
   return value_on_sphere

@@ -1,7 +1,10 @@
 """Trees whose leaves hold points of unit spheres along their last axis."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from emc2.sphere import manifold
@@ -28,17 +31,19 @@ def check_positive(value: jax.typing.ArrayLike, name: str) -> None:
     raise ValueError(f'{name} must be positive, got {value}.')
 
 
-def widen(leaf: jax.Array, like: jax.Array | None = None) -> jax.Array:
-  """Converts to a dtype of at least float32 that holds both leaves."""
-  dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-  if like is not None:
-    dtype = jnp.promote_types(dtype, like.dtype)
-  return leaf.astype(dtype)
+def wide_dtype(*leaves: jax.Array) -> np.dtype:
+  """The least dtype that holds the leaves, and at least float32."""
+  dtypes = [leaf.dtype for leaf in leaves]
+  return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
 def inner(a: jax.Array, b: jax.Array) -> jax.Array:
   """Multiplies each row with its like, (..., k) to (..., 1)."""
-  return jnp.sum(a * b, axis=-1, keepdims=True)
+  products = a * b
+  if products.shape[-1] > 8:
+    return jnp.sum(products, axis=-1, keepdims=True)
+  # On a CPU a reduction over so few numbers takes about six times as long.
+  return functools.reduce(jnp.add, jnp.split(products, products.shape[-1], -1))
 
 
 def project(params: optax.Params, vectors: optax.Updates) -> optax.Updates:
@@ -47,7 +52,8 @@ def project(params: optax.Params, vectors: optax.Updates) -> optax.Updates:
   def leaf(vector, points):
     if is_masked(vector):
       return vector
-    tangent = manifold.project(widen(points, vector), widen(vector, points))
+    dtype = wide_dtype(points, vector)
+    tangent = manifold.project(points.astype(dtype), vector.astype(dtype))
     return tangent.astype(vector.dtype)
 
   is_masked = lambda node: isinstance(node, optax.MaskedNode)
@@ -60,7 +66,8 @@ def move(
   """Follows the vectors from the points, in dtypes of at least float32."""
 
   def leaf(points, vector):
-    points, vector = widen(points, vector), widen(vector, points)
+    dtype = wide_dtype(points, vector)
+    points, vector = points.astype(dtype), vector.astype(dtype)
     if map == 'retraction':
       return manifold.retract(points, vector)
     # Rounding, and vectors not quite tangent, would add up over many moves.

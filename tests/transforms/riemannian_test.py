@@ -1,0 +1,695 @@
+"""Optimisers on products of spheres against formulas and known minima."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import parameterized
+from flax import nnx
+
+from emc2 import mesh as mesh_lib
+from emc2 import transforms
+
+from tests.transforms import coulomb
+
+MAPS = ('retraction', 'exponential')
+
+
+def _params(dtype=np.float32):
+  return {
+    'one': coulomb.uniform(0, 4, dtype=dtype),
+    'many': coulomb.uniform(1, 5, 3, dtype=dtype),
+    'batch': coulomb.uniform(2, 2, 3, 5, dtype=dtype),
+  }
+
+
+def _grads(seed=3, dtype=np.float32):
+  rng = np.random.default_rng(seed)
+  draw = lambda p: rng.normal(size=p.shape).astype(dtype)
+  return jax.tree.map(draw, _params())
+
+
+def _update(tx, updates, params=None, **extra_args):
+  as_arrays = lambda tree: jax.tree.map(jnp.asarray, tree)
+  params = None if params is None else as_arrays(params)
+  state = tx.init(as_arrays(updates) if params is None else params)
+  return tx.update(as_arrays(updates), state, params, **extra_args)[0]
+
+
+def _run(tx, points, steps, energy=coulomb.energy):
+  """The points after so many updates; starts along leading axes together."""
+
+  def run(points):
+    def step(carry, _):
+      points, state = carry
+      grads = jax.grad(energy)(points)
+      updates, state = tx.update(grads, state, points)
+      return (optax.apply_updates(points, updates), state), None
+
+    carry = points, tx.init(points)
+    return jax.lax.scan(step, carry, length=steps)[0][0]
+
+  for _ in range(points.ndim - 2):
+    run = jax.vmap(run)
+  return jax.jit(run)(points)
+
+
+class Float64TestCase(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enterContext(jax.enable_x64(True))
+
+
+class ProjectTangentTest(parameterized.TestCase):
+  def test_matches_a_loop(self):
+    params, grads = _params(), _grads()
+    got = _update(transforms.project_tangent(), grads, params)
+    for name in params:
+      want = coulomb.project(params[name], grads[name])
+      np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-6)
+
+
+class CapRowsTest(parameterized.TestCase):
+  def test_matches_a_loop(self):
+    updates = _grads()
+    got = _update(transforms.cap_rows(1.5), updates)
+    shortened = 0
+    for name in updates:
+      for at in np.ndindex(updates[name].shape[:-1]):
+        row = updates[name][at].astype(np.float64)
+        norm = np.linalg.norm(row)
+        shortened += norm > 1.5
+        want = row * min(1, 1.5 / norm)
+        np.testing.assert_allclose(got[name][at], want, rtol=1e-5)
+    self.assertBetween(shortened, 1, 11)
+
+  def test_what_is_short_is_untouched(self):
+    updates = _grads()
+    updates['many'][0] = 0
+    got = _update(transforms.cap_rows(100.0), updates)
+    jax.tree.map(np.testing.assert_array_equal, got, updates)
+
+  def test_huge_rows_keep_their_direction(self):
+    rows = jnp.array([[3e30, 4e30]])
+    got = _update(transforms.cap_rows(0.5), rows)
+    np.testing.assert_allclose(got, [[0.3, 0.4]], rtol=1e-6)
+
+  @parameterized.parameters(0, -1.0)
+  def test_refuses(self, max_norm):
+    with self.assertRaisesRegex(ValueError, 'max_norm must be positive'):
+      transforms.cap_rows(max_norm)
+
+
+class RetractTest(parameterized.TestCase):
+  @parameterized.product(dtype=(np.float32, np.float64), map=MAPS)
+  def test_lands_on_the_sphere(self, dtype, map):
+    with jax.enable_x64(True):
+      points = coulomb.uniform(0, 500, 3, dtype=dtype)
+      vectors = coulomb.project(points, coulomb.uniform(1, 500, 3))
+      vectors *= np.geomspace(1e-12, 2, 500)[:, None]
+      vectors = jnp.asarray(vectors, dtype)
+      updates = _update(transforms.retract(map), vectors, points)
+      self.assertEqual(updates.dtype, dtype)
+      ends = np.asarray(optax.apply_updates(points, updates))
+    eps = np.finfo(dtype).eps
+    want = coulomb.follow(map, points, vectors)
+    np.testing.assert_allclose(ends, want, rtol=0, atol=2 * eps)
+    norms = np.linalg.norm(ends.astype(np.longdouble), axis=-1)
+    # One unit for each coordinate's rounding, and one for the norm's.
+    np.testing.assert_allclose(norms.astype(float), 1, rtol=0, atol=2 * eps)
+
+  def test_stays_there_for_ever(self):
+    """No rounding adds up: not of radii, not of vectors half tangent."""
+    for map in MAPS:
+      tx = transforms.retract(map)
+
+      def step(points, _, tx=tx):
+        vectors = 0.1 * jnp.roll(points, 1, axis=1)
+        updates, _ = tx.update(vectors, tx.init(points), points)
+        return optax.apply_updates(points, updates), None
+
+      points = jnp.asarray(coulomb.uniform(0, 50, 3))
+      points = jax.lax.scan(step, points, length=2000)[0]
+      norms = np.linalg.norm(np.asarray(points, np.float64), axis=-1)
+      np.testing.assert_allclose(norms, 1, atol=3e-7)
+
+  def test_names_of_maps(self):
+    for make in (
+      transforms.retract,
+      lambda map: transforms.riemannian(optax.sgd(1.0), map=map),
+      lambda map: transforms.search_on_sphere(optax.identity(), map),
+    ):
+      with self.assertRaisesRegex(ValueError, "map must be .* got 'straight'"):
+        make('straight')
+
+
+class OwnState(NamedTuple):
+  """A state that the package does not know."""
+
+  speed: Any
+  square: Any
+
+
+def _own():
+  zeros = optax.tree.zeros_like
+
+  def update_fn(updates, state, params=None):
+    del params
+    speed = optax.tree.add(updates, state.speed)
+    return speed, OwnState(speed=speed, square=state.square)
+
+  return optax.GradientTransformation(
+    lambda params: OwnState(speed=zeros(params), square=zeros(params)),
+    update_fn,
+  )
+
+
+class TransportMomentumTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('trace', optax.trace(0.9), ('trace',)),
+    ('ema', optax.ema(0.9), ('ema',)),
+    ('adam', optax.scale_by_adam(), ('mu',)),
+    ('adan', optax.scale_by_adan(), ('m', 'v', 'g')),
+    ('amsgrad', optax.scale_by_amsgrad(), ('mu',)),
+    ('belief', optax.scale_by_belief(), ('mu',)),
+    ('lion', optax.scale_by_lion(), ('mu',)),
+    ('novograd', optax.scale_by_novograd(), ('mu',)),
+    ('sm3', optax.scale_by_sm3(), ('nu',)),
+    ('ademamix', optax.contrib.scale_by_ademamix(), ('m1', 'm2')),
+    ('simple', optax.contrib.scale_by_simplified_ademamix(), ('m',)),
+    ('row_adam', transforms.scale_by_row_adam(), ('mu',)),
+    ('stddev', optax.scale_by_stddev(), ()),
+    ('rms', optax.scale_by_rms(), ()),
+    ('lbfgs', optax.scale_by_lbfgs(2), ()),
+  )
+  def test_what_moves(self, inner, fields):
+    """Gives the inner optimiser the state that a hand would have made."""
+    # Some of optax multiplies by counters as Python would.
+    self.enterContext(jax.numpy_dtype_promotion('standard'))
+    self.enterContext(jax.numpy_rank_promotion('allow'))
+    params = jax.tree.map(jnp.asarray, _params())
+    state = inner.init(params)
+    rng = np.random.default_rng(0)
+    fill = lambda leaf: (
+      jnp.asarray(1 + rng.uniform(size=leaf.shape), leaf.dtype)
+      if jnp.issubdtype(leaf.dtype, jnp.floating)
+      else leaf + 3
+    )
+    state = jax.tree.map(fill, state)
+    by_hand = state._replace(
+      **{
+        field: jax.tree.map(
+          lambda p, m: jnp.asarray(coulomb.project(p, m), m.dtype),
+          params,
+          getattr(state, field),
+        )
+        for field in fields
+      }
+    )
+    grads = jax.tree.map(jnp.asarray, _grads())
+    want = inner.update(grads, by_hand, params)
+    got = transforms.transport_momentum(inner).update(grads, state, params)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(near, got, want)
+    if fields:
+      idle = inner.update(grads, state, params)[0]
+      gaps = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), idle, got[0])
+      self.assertGreater(max(jax.tree.leaves(gaps)), 1e-2)
+
+  @parameterized.named_parameters(
+    ('chain', lambda tx: optax.chain(optax.identity(), optax.chain(tx))),
+    (
+      'inject_hyperparams',
+      lambda tx: optax.inject_hyperparams(lambda x: optax.chain(tx))(x=1.0),
+    ),
+    (
+      'masked',
+      lambda tx: optax.masked(tx, {'one': True, 'many': True, 'batch': False}),
+    ),
+    (
+      'partition',
+      lambda tx: optax.partition(
+        {'here': tx, 'there': optax.set_to_zero()},
+        {'one': 'here', 'many': 'here', 'batch': 'there'},
+      ),
+    ),
+    (
+      'multi_steps',
+      lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+    ),
+    ('if_finite', lambda tx: optax.apply_if_finite(tx, 3)),
+  )
+  def test_goes_through(self, wrap):
+    # MultiSteps divides by its counter.
+    self.enterContext(jax.numpy_dtype_promotion('standard'))
+    tx = transforms.transport_momentum(wrap(optax.trace(decay=0.5)))
+    params = jax.tree.map(jnp.asarray, _params())
+    grads = jax.tree.map(jnp.asarray, _grads())
+    there = jax.tree.map(lambda p: jnp.roll(p, 1, axis=-1), params)
+    _, state = tx.update(grads, tx.init(params), params)
+    updates, _ = tx.update(grads, state, there)
+    for name in ('one', 'many'):
+      want = grads[name] + 0.5 * coulomb.project(there[name], grads[name])
+      np.testing.assert_allclose(updates[name], want, rtol=1e-4, atol=1e-5)
+
+  def test_goes_into_a_mask(self):
+    mask = {'one': True, 'many': True, 'batch': False}
+    tx = optax.masked(transforms.transport_momentum(optax.trace(0.5)), mask)
+    params, grads = jax.tree.map(jnp.asarray, (_params(), _grads()))
+    _, state = tx.update(grads, tx.init(params), params)
+    updates, _ = tx.update(grads, state, params)
+    want = grads['one'] + 0.5 * coulomb.project(params['one'], grads['one'])
+    np.testing.assert_allclose(updates['one'], want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(updates['batch'], grads['batch'])
+
+  def test_momentum_of_another_dtype(self):
+    self.enterContext(jax.numpy_dtype_promotion('standard'))
+    tx = transforms.transport_momentum(optax.trace(0.5, False, jnp.bfloat16))
+    points, push = jnp.eye(3), jnp.ones((3, 3))
+    _, state = tx.update(push, tx.init(points), points)
+    updates, state = tx.update(jnp.zeros((3, 3)), state, points)
+    self.assertEqual(state.trace.dtype, jnp.bfloat16)
+    np.testing.assert_array_equal(updates, 0.5 * (1 - np.eye(3)))
+
+  def test_states_of_ones_own(self):
+    points, push = jnp.eye(3), jnp.ones((3, 3))
+    for buffers, want in (
+      ({OwnState: ('speed',)}, 1 - np.eye(3)),
+      ({}, np.ones((3, 3))),
+    ):
+      tx = transforms.transport_momentum(_own(), buffers)
+      _, state = tx.update(push, tx.init(points), points)
+      updates, _ = tx.update(0 * push, state, points)
+      np.testing.assert_array_equal(updates, want)
+
+  def test_searches_below_a_buffer(self):
+    inner = optax.chain(optax.trace(0.5))
+    tx = transforms.transport_momentum(
+      optax.GradientTransformation(
+        lambda params: OwnState(inner.init(params), inner.init(params)),
+        lambda updates, state, params: (state.square[0].trace, state),
+      ),
+      {OwnState: (), **transforms.MOMENTUM_BUFFERS},
+    )
+    points = jnp.eye(3)
+    state = jax.tree.map(jnp.ones_like, tx.init(points))
+    updates, _ = tx.update(points, state, points)
+    np.testing.assert_array_equal(updates, 1 - np.eye(3))
+
+  @parameterized.parameters(OwnState, dict)
+  def test_refuses(self, kind):
+    with self.assertRaisesRegex(ValueError, "buffers .* has no field 'mass'"):
+      transforms.transport_momentum(_own(), {kind: ('mass',)})
+
+
+class SearchOnSphereTest(Float64TestCase):
+  @parameterized.product(
+    map=MAPS,
+    search=(
+      optax.scale_by_zoom_linesearch(20),
+      optax.scale_by_backtracking_linesearch(20, store_grad=True),
+    ),
+  )
+  def test_keeps_what_is_true_where_it_ends(self, map, search):
+    points = jnp.asarray(coulomb.uniform(0, 8, 3, dtype=np.float64))
+    tx = transforms.riemannian(optax.sgd(0.5), line_search=search, map=map)
+    value, grad = jax.value_and_grad(coulomb.energy)(points)
+    updates, state = tx.update(
+      grad,
+      tx.init(points),
+      points,
+      value=value,
+      grad=grad,
+      value_fn=coulomb.energy,
+    )
+    ends = points + updates
+    self.assertGreater(jnp.linalg.norm(updates), 0.1)
+    self.assertLess(coulomb.energy(ends), value)
+    got = optax.tree.get(state, 'value')
+    np.testing.assert_allclose(got, coulomb.energy(ends), rtol=1e-12)
+    want = coulomb.project(ends, coulomb.gradient(ends))
+    got = optax.tree.get(state, 'grad')
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
+
+  def test_still_points_stay(self):
+    """The gradient of a row that has not moved is that of its point."""
+    search = optax.scale_by_zoom_linesearch(9)
+    for map in MAPS:
+      tx = transforms.search_on_sphere(search, map)
+      points = jnp.asarray(coulomb.uniform(0, 4, 3, dtype=np.float64))
+      value, grad = jax.value_and_grad(coulomb.energy)(points)
+      down = jnp.asarray(-coulomb.project(points, grad)).at[0].set(0)
+      updates, state = tx.update(
+        0.01 * down,
+        tx.init(points),
+        points,
+        value=value,
+        grad=grad,
+        value_fn=coulomb.energy,
+      )
+      np.testing.assert_array_equal(updates[0], 0)
+      ends = coulomb.follow(map, points, updates)
+      want = coulomb.project(ends, coulomb.gradient(ends))
+      np.testing.assert_allclose(state.grad, want, rtol=1e-9, atol=1e-9)
+
+  def test_hands_on_what_the_objective_takes(self):
+    search = optax.scale_by_backtracking_linesearch(20)
+    tx = transforms.search_on_sphere(search)
+    points = jnp.asarray(coulomb.uniform(0, 4, 3, dtype=np.float64))
+    fn = lambda points, target: jnp.sum((points - target) ** 2)
+    target = jnp.roll(points, 1, axis=0)
+    value, grad = jax.value_and_grad(fn)(points, target)
+    updates, state = tx.update(
+      -0.1 * grad,
+      tx.init(points),
+      points,
+      value=value,
+      grad=grad,
+      value_fn=fn,
+      target=target,
+    )
+    self.assertIsNone(state.grad)
+    want = np.sum((coulomb.normalize(points + updates) - target) ** 2)
+    np.testing.assert_allclose(state.value, want, rtol=1e-12)
+
+  def test_lbfgs_finds_the_icosahedron(self):
+    # L-BFGS adds indices of two widths.
+    self.enterContext(jax.numpy_dtype_promotion('standard'))
+    step = optax.chain(optax.scale_by_lbfgs(memory_size=20), optax.scale(-1))
+    search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy='one')
+    tx = transforms.riemannian(step, line_search=search, max_step=0.3)
+    fn = coulomb.energy
+
+    def update(carry, _):
+      points, state = carry
+      value, grad = optax.value_and_grad_from_state(fn)(points, state=state)
+      updates, state = tx.update(
+        grad, state, points, value=value, grad=grad, value_fn=fn
+      )
+      return (optax.apply_updates(points, updates), state), None
+
+    points = jnp.asarray(coulomb.uniform(0, 12, 3, dtype=np.float64))
+    carry = points, tx.init(points)
+    points = jax.jit(lambda c: jax.lax.scan(update, c, length=50))(carry)[0][0]
+    np.testing.assert_allclose(fn(points), coulomb.MINIMA[12], rtol=1e-9)
+    slope = coulomb.project(points, coulomb.gradient(points))
+    self.assertLess(np.abs(slope).max(), 1e-6)
+
+
+class RiemannianTest(Float64TestCase):
+  def test_matches_a_loop(self):
+    """Momentum on spheres, written out."""
+    points = coulomb.uniform(0, 6, 3, dtype=np.float64)
+    target = coulomb.uniform(1, 6, 3, dtype=np.float64)
+    fn = lambda x: jnp.sum((x - target) ** 4)
+    for options in (
+      {},
+      {'transport': False},
+      {'max_step': 0.1},
+      {'map': 'exponential'},
+    ):
+      tx = transforms.riemannian(optax.sgd(0.1, momentum=0.9), **options)
+      got = _run(tx, jnp.asarray(points), 20, fn)
+      x, m = points, np.zeros_like(points)
+      for _ in range(20):
+        g = coulomb.project(x, 4 * (x - target) ** 3)
+        if options.get('transport', True):
+          m = coulomb.project(x, m)
+        m = g + 0.9 * m
+        v = coulomb.project(x, -0.1 * m)
+        longest = options.get('max_step', np.inf)
+        v *= np.minimum(1, longest / np.linalg.norm(v, axis=1, keepdims=True))
+        x = coulomb.follow(options.get('map', 'retraction'), x, v)
+      np.testing.assert_allclose(got, x, rtol=0, atol=1e-12)
+
+  def test_each_option_counts(self):
+    """The cases above end in places of their own."""
+    points = jnp.asarray(coulomb.uniform(0, 6, 3, dtype=np.float64))
+    target = coulomb.uniform(1, 6, 3, dtype=np.float64)
+    fn = lambda x: jnp.sum((x - target) ** 4)
+    ends = [
+      _run(
+        transforms.riemannian(optax.sgd(0.1, momentum=0.9), **options),
+        points,
+        20,
+        fn,
+      )
+      for options in (
+        {},
+        {'transport': False},
+        {'max_step': 0.1},
+        {'map': 'exponential'},
+      )
+    ]
+    for i, first in enumerate(ends):
+      for second in ends[:i]:
+        self.assertGreater(np.abs(first - second).max(), 1e-4)
+
+  def test_takes_any_gradient_of_the_energy(self):
+    """In space, tangent, or of the energy of normalised rows."""
+    points = jnp.asarray(coulomb.uniform(0, 7, 3, dtype=np.float64))
+    in_space = jnp.asarray(coulomb.gradient(points))
+    scaled = lambda y: coulomb.energy(
+      y / jnp.linalg.norm(y, axis=1, keepdims=True)
+    )
+    tx = transforms.riemannian(optax.sgd(0.1))
+    want = _update(tx, in_space, points)
+    for grads in (coulomb.project(points, in_space), jax.grad(scaled)(points)):
+      np.testing.assert_allclose(
+        _update(tx, grads, points), want, rtol=1e-10, atol=1e-12
+      )
+
+  def test_lengths_without_retraction(self):
+    """Energies of directions: gradients are tangent, and rows only grow."""
+    rng = np.random.default_rng(0)
+    fn = lambda y: coulomb.energy(y / jnp.linalg.norm(y, axis=1, keepdims=True))
+    tx = optax.sgd(0.1)
+    rows = jnp.asarray(rng.normal(size=(9, 3)))
+    state = tx.init(rows)
+    for _ in range(5):
+      grads = jax.grad(fn)(rows)
+      radial = np.sum(np.asarray(rows * grads), axis=1)
+      np.testing.assert_allclose(radial, 0, atol=1e-13)
+      updates, state = tx.update(grads, state, rows)
+      following = optax.apply_updates(rows, updates)
+      growth = jnp.sum(following**2, axis=1) - jnp.sum(rows**2, axis=1)
+      want = 0.1**2 * np.sum(np.asarray(grads) ** 2, axis=1)
+      np.testing.assert_allclose(growth, want, rtol=1e-10, atol=1e-13)
+      rows = following
+
+  @parameterized.named_parameters(
+    ('sgd', optax.sgd(0.02), True),
+    ('momentum', optax.sgd(0.01, momentum=0.9, nesterov=True), True),
+    (
+      'row_adam',
+      optax.chain(transforms.scale_by_row_adam(), optax.scale(-0.02)),
+      True,
+    ),
+    ('adam', optax.chain(optax.scale_by_adam(), optax.scale(-0.02)), False),
+  )
+  def test_turns_with_the_points(self, inner, turns):
+    points = coulomb.uniform(0, 12, 3, dtype=np.float64)
+    turn, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))
+    tx = transforms.riemannian(inner, max_step=0.1)
+    self.enterContext(jax.numpy_dtype_promotion('standard'))
+    first = _run(tx, jnp.asarray(points), 50) @ turn
+    second = _run(tx, jnp.asarray(points @ turn), 50)
+    gap = np.abs(first - second).max()
+    if turns:
+      self.assertLess(gap, 1e-9)
+    else:
+      self.assertGreater(gap, 1e-3)
+
+  @parameterized.parameters(12, 32)
+  def test_descent_finds_the_minimum(self, n):
+    points = coulomb.uniform(0, 3, n, 3, dtype=np.float64)
+    tx = transforms.riemannian(
+      optax.sgd(4 * n**-1.5), max_step=0.5 / np.sqrt(n)
+    )
+    ends = _run(tx, jnp.asarray(points), 2000)
+    energies = jax.vmap(coulomb.energy)(ends)
+    np.testing.assert_allclose(energies, coulomb.MINIMA[n], rtol=1e-9)
+
+  def test_two_charges(self):
+    """Their angle, step after step, in closed form."""
+    angle, rate = 0.3, 0.05
+    points = jnp.array([[1.0, 0.0, 0.0], [np.cos(0.3), np.sin(0.3), 0.0]])
+    tx = transforms.riemannian(optax.sgd(rate))
+    while angle < 2.9:
+      push = np.cos(angle / 2) / (4 * np.sin(angle / 2) ** 2)
+      angle += 2 * np.arctan(rate * push)
+      points = _run(tx, points, 1)
+      got = np.arccos(np.sum(np.asarray(points[0] * points[1])))
+      np.testing.assert_allclose(got, angle, atol=1e-12)
+
+  @parameterized.parameters(0, -0.5)
+  def test_refuses(self, max_step):
+    with self.assertRaisesRegex(ValueError, 'max_step must be positive'):
+      transforms.riemannian(optax.sgd(1.0), max_step=max_step)
+
+
+def _all():
+  """Each transform by name, with what its update takes beside the params."""
+  momentum = optax.sgd(0.1, momentum=0.9)
+  search = optax.scale_by_backtracking_linesearch(5)
+  objective = {
+    'value': jnp.float32(0.0),
+    'grad': jax.tree.map(jnp.asarray, _grads()),
+    'value_fn': lambda tree: sum(
+      jnp.sum(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(tree)
+    ),
+  }
+  return {
+    'project_tangent': (transforms.project_tangent(), {}),
+    'cap_rows': (transforms.cap_rows(0.1), {}),
+    'retract': (transforms.retract(), {}),
+    'transport_momentum': (transforms.transport_momentum(momentum), {}),
+    'search_on_sphere': (transforms.search_on_sphere(search), objective),
+    'riemannian': (transforms.riemannian(momentum, max_step=0.5), {}),
+  }
+
+
+def _on_spheres(tree):
+  return jax.tree.map(
+    lambda leaf: np.testing.assert_allclose(
+      np.linalg.norm(np.asarray(leaf, np.float64), axis=-1), 1, atol=1e-6
+    ),
+    tree,
+  )
+
+
+class ContractTest(parameterized.TestCase):
+  @parameterized.parameters(*set(_all()) - {'search_on_sphere'})
+  def test_takes_extra_args_in_a_chain(self, name):
+    tx, _ = _all()[name]
+    want = _update(tx, _grads(), _params())
+    chained = optax.chain(optax.identity(), tx)
+    got = _update(chained, _grads(), _params(), value=1.0, other=2)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+  @parameterized.parameters(*set(_all()) - {'cap_rows'})
+  def test_missing_params_fail_by_name(self, name):
+    tx, objective = _all()[name]
+    with self.assertRaisesRegex(ValueError, 'params must hold the points'):
+      _update(tx, _grads(), **objective)
+
+  def test_missing_objective_fails_by_name(self):
+    tx, _ = _all()['search_on_sphere']
+    with self.assertRaisesRegex(TypeError, 'value_fn'):
+      _update(tx, _grads(), _params())
+
+  @parameterized.product(
+    name=sorted(set(_all()) - {'search_on_sphere'}),
+    dtype=(jnp.float32, jnp.bfloat16),
+  )
+  def test_keeps_types_and_compiles_once(self, name, dtype):
+    tx, _ = _all()[name]
+    cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+    params = cast(_params())
+    step, state = jax.jit(tx.update), tx.init(params)
+    before = jax.tree.map(jax.typeof, state)
+    for seed in range(2):
+      updates, state = step(cast(_grads(seed)), state, params)
+    self.assertEqual(jax.tree.map(jax.typeof, state), before)
+    self.assertEqual(
+      jax.tree.map(jax.typeof, updates), jax.tree.map(jax.typeof, params)
+    )
+    self.assertEqual(step._cache_size(), 1)
+
+  @parameterized.parameters(*set(_all()) - {'search_on_sphere'})
+  def test_abstract_init(self, name):
+    tx, _ = _all()[name]
+    params = jax.tree.map(jnp.asarray, _params())
+    shape = lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype)
+    got = jax.eval_shape(tx.init, jax.tree.map(shape, params))
+    self.assertEqual(got, jax.tree.map(shape, tx.init(params)))
+
+  def test_injected_hyperparameters_are_traced(self):
+    make = lambda learning_rate, max_step: transforms.riemannian(
+      optax.sgd(learning_rate, momentum=0.5), max_step=max_step
+    )
+    tx = optax.inject_hyperparams(make)(learning_rate=0.1, max_step=1.0)
+    params, grads = jax.tree.map(jnp.asarray, (_params(), _grads()))
+    state, step = tx.init(params), jax.jit(tx.update)
+    step(grads, state, params)
+    state.hyperparams['max_step'] = jnp.float32(0.01)
+    updates, _ = step(grads, state, params)
+    self.assertEqual(step._cache_size(), 1)
+    want = make(0.1, 0.01)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+      updates,
+      _update(want, grads, params),
+    )
+
+  def test_beside_what_lies_on_no_sphere(self):
+    """Masked and partitioned, so in a model that has other weights too."""
+    params, grads = jax.tree.map(jnp.asarray, (_params(), _grads()))
+    inner = transforms.riemannian(optax.sgd(0.1, momentum=0.9), max_step=0.5)
+    labels = {'one': 'sphere', 'many': 'sphere', 'batch': 'flat'}
+    mask = {name: label == 'sphere' for name, label in labels.items()}
+    for tx in (
+      optax.masked(inner, mask),
+      optax.partition({'sphere': inner, 'flat': optax.identity()}, labels),
+    ):
+      x, state = params, tx.init(params)
+      for _ in range(3):
+        updates, state = tx.update(grads, state, x)
+        np.testing.assert_array_equal(updates['batch'], grads['batch'])
+        x = optax.apply_updates(x, updates)
+      _on_spheres({name: x[name] for name in ('one', 'many')})
+
+  def test_multi_steps(self):
+    """The mean of two gradients moves once."""
+    self.enterContext(jax.numpy_dtype_promotion('standard'))
+    tx = transforms.riemannian(optax.sgd(0.1))
+    many = optax.MultiSteps(tx, every_k_schedule=2)
+    params = jax.tree.map(jnp.asarray, _params())
+    grads = [jax.tree.map(jnp.asarray, _grads(seed)) for seed in (1, 2)]
+    updates, state = many.update(grads[0], many.init(params), params)
+    jax.tree.map(lambda u: np.testing.assert_array_equal(u, 0), updates)
+    updates, _ = many.update(grads[1], state, params)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+      updates,
+      _update(tx, mean, params),
+    )
+
+  def test_sharded_equals_one_device(self):
+    tx = transforms.riemannian(optax.sgd(0.01, momentum=0.9), max_step=0.1)
+    points = jnp.asarray(coulomb.uniform(0, 16, 3))
+    want = _run(tx, points, 5)
+    mesh = mesh_lib.make(data=8)
+    spec = jax.sharding.PartitionSpec('data')
+    points = mesh_lib.place(points, mesh, spec)
+    state, step = tx.init(points), jax.jit(tx.update)
+    for _ in range(5):
+      updates, state = step(jax.grad(coulomb.energy)(points), state, points)
+      self.assertEqual(updates.sharding.spec, spec)
+      points = optax.apply_updates(points, updates)
+    np.testing.assert_allclose(points, want, atol=1e-6)
+    [momentum] = [s for s in jax.tree.leaves(state) if s.ndim]
+    self.assertEqual(momentum.sharding.spec, spec)
+
+  def test_flax_optimizer(self):
+    class Charges(nnx.Module):
+      def __init__(self):
+        self.points = nnx.Param(jnp.asarray(coulomb.uniform(0, 12, 3)))
+
+    model = Charges()
+    tx = transforms.riemannian(optax.sgd(0.05, momentum=0.5), max_step=0.1)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+      loss = lambda model: coulomb.energy(model.points[...])
+      value, grads = nnx.value_and_grad(loss)(model)
+      optimizer.update(model, grads)
+      return value
+
+    values = [step(model, optimizer) for _ in range(30)]
+    self.assertLess(values[-1], values[0])
+    _on_spheres(model.points[...])
