@@ -17,6 +17,10 @@ from tests import processes
 
 KEY = jax.random.key(0)
 
+draw_pairs = jax.jit(pairs_lib.draw_pairs, static_argnums=(1, 2))
+draw_matching = jax.jit(pairs_lib.draw_matching, static_argnums=1)
+estimate = jax.jit(pairs_lib.estimate, static_argnums=2)
+
 
 def _unit(n, k, seed=0):
   rows = np.random.default_rng(seed).normal(size=(n, k))
@@ -129,32 +133,31 @@ class EstimateTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.enterContext(jax.enable_x64(True))
-    self.estimate = jax.jit(pairs_lib.estimate, static_argnums=2)
 
-  @parameterized.product(s=[0.0, 1.0, 2.0, 2.5], k=[2, 5])
+  @parameterized.parameters((0.0, 3), (1.0, 2), (2.0, 5), (2.5, 3))
   def test_matches_a_loop(self, s, k):
     points = _unit(7, k)
     # One pair twice, one point in three pairs.
     pairs = [(0, 1), (0, 1), (2, 0), (3, 5)]
     energy, gradient = _full(points, s, pairs)
-    got = self.estimate(points, np.transpose(pairs), s)
+    got = estimate(points, np.transpose(pairs), s)
     scale = 7 * 6 / (2 * 4)
     np.testing.assert_allclose(got.energy, scale * energy, rtol=1e-13)
     np.testing.assert_allclose(got.gradient, scale * gradient, rtol=1e-12)
 
-  @parameterized.product(s=[0.0, 1.0, 2.0], n=[6, 7])
+  @parameterized.parameters((0.0, 6), (1.0, 6), (1.0, 7))
   def test_single_pairs_are_unbiased(self, s, n):
     """Identity 11, first half."""
     points = _unit(n, 3)
     want_energy, want = _full(points, s)
     everything = list(itertools.combinations(range(n), 2))
-    single = [self.estimate(points, np.transpose([p]), s) for p in everything]
+    single = [estimate(points, np.transpose([p]), s) for p in everything]
     energies, gradients = zip(*single, strict=True)
     np.testing.assert_allclose(np.mean(energies), want_energy, rtol=1e-12)
     gap = np.mean(gradients, axis=0) - want
     self.assertLess(np.linalg.norm(gap), 1e-12 * np.linalg.norm(want))
 
-  @parameterized.product(s=[0.0, 1.0, 2.0], n=[6, 7])
+  @parameterized.parameters((0.0, 6), (1.0, 6), (1.0, 7))
   def test_matchings_are_unbiased(self, s, n):
     """Identity 11, second half."""
     points = _unit(n, 3)
@@ -162,7 +165,7 @@ class EstimateTest(parameterized.TestCase):
     rounds = list(_tournament(n))
     played = sorted(tuple(sorted(game)) for games in rounds for game in games)
     self.assertEqual(played, list(itertools.combinations(range(n), 2)))
-    parts = [self.estimate(points, np.transpose(games), s) for games in rounds]
+    parts = [estimate(points, np.transpose(games), s) for games in rounds]
     energies, gradients = zip(*parts, strict=True)
     np.testing.assert_allclose(np.mean(energies), want_energy, rtol=1e-12)
     gap = np.mean(gradients, axis=0) - want
@@ -171,14 +174,14 @@ class EstimateTest(parameterized.TestCase):
   def test_all_pairs_give_the_gradient_itself(self):
     points = _unit(9, 4)
     want_energy, want = _full(points, 1.0)
-    got = self.estimate(points, np.stack(np.triu_indices(9, 1)), 1.0)
+    got = estimate(points, np.stack(np.triu_indices(9, 1)), 1.0)
     np.testing.assert_allclose(got.energy, want_energy, rtol=1e-13)
     np.testing.assert_allclose(got.gradient, want, rtol=1e-11)
 
   @parameterized.parameters((8, 7), (9, 9))
   def test_partners_pull_equally(self, n, scale):
-    points, pairs = _unit(n, 3), pairs_lib.draw_matching(KEY, n)
-    gradient = np.asarray(self.estimate(points, pairs, 1.0).gradient)
+    points, pairs = _unit(n, 3), draw_matching(KEY, n)
+    gradient = np.asarray(estimate(points, pairs, 1.0).gradient)
     a, b = np.asarray(pairs)
     np.testing.assert_array_equal(gradient[a], -gradient[b])
     alone = np.setdiff1d(np.arange(n), pairs)
@@ -203,10 +206,8 @@ class StepTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('matching', 8, 1.0, {}),
     ('odd', 9, 1.0, {}),
-    ('logarithmic', 8, 0.0, {}),
-    ('square', 8, 2.0, {}),
-    ('dimension', 8, 1.0, {'k': 5}),
-    ('one_pair', 8, 1.0, {'num_pairs': 1}),
+    ('logarithmic', 8, 0.0, {'k': 5}),
+    ('one_pair', 8, 2.0, {'num_pairs': 1}),
     ('pairs', 8, 1.0, {'num_pairs': 13}),
     (
       'schedule',
@@ -231,9 +232,9 @@ class StepTest(parameterized.TestCase):
       for count in range(5):
         key = jax.random.key(count)
         if 'num_pairs' in settings:
-          drawn = pairs_lib.draw_pairs(key, n, settings['num_pairs'])
+          drawn = draw_pairs(key, n, settings['num_pairs'])
         else:
-          drawn = pairs_lib.draw_matching(key, n)
+          drawn = draw_matching(key, n)
         rate = settings['step_size']
         rate = rate(count) if callable(rate) else float(rate)
         drawn = np.asarray(drawn).T.tolist()
@@ -249,7 +250,7 @@ class StepTest(parameterized.TestCase):
 
   def test_spreads_a_hundred_points(self):
     """To 2e-3 above the least energy, after 51 times all the pairs."""
-    points = sphere.draw_uniform(KEY, 100, 3)
+    points = np.float32(_unit(100, 3))
     method = sphere.pair_sgd(
       1.0, step_size=pairs_lib.default_step_size(100, 5049)
     )
@@ -265,7 +266,7 @@ class StepTest(parameterized.TestCase):
     schedule = pairs_lib.default_step_size(
       n, num_steps, exponent=2.0, start=6e-3, stop=6e-4
     )
-    points = sphere.draw_uniform(KEY, n, 3)
+    points = np.float32(_unit(n, 3))
     method = sphere.pair_sgd(2.0, step_size=schedule, num_pairs=1)
 
     def printed(key, state, batch):
@@ -285,13 +286,13 @@ class StepTest(parameterized.TestCase):
     self.assertLess(_full(right.points, 2.0)[0], 25.5)  # The least is 25.0414.
     self.assertGreater(_full(wrong.points, 2.0)[0], 28.0)
 
-  @parameterized.parameters(1.0, 12.0)
-  def test_coincident_and_close_points_stay_finite(self, s):
+  def test_coincident_and_close_points_stay_finite(self):
+    s = 12.0
     points = np.float32(_unit(6, 3))
     points[1] = points[0]
     points[3] = points[2] + np.float32([1e-6, 0, 0])
     pairs = jnp.array([[0, 2, 4], [1, 3, 5]])
-    got = pairs_lib.estimate(points, pairs, s)
+    got = estimate(points, pairs, s)
     self.assertTrue(np.all(np.isfinite(got.gradient)))
     np.testing.assert_array_equal(got.gradient[:2], 0)
     self.assertTrue(np.isinf(got.energy))
