@@ -126,12 +126,11 @@ def backtrack(
 
   def init_fn(params):
     dtype = rows.wide_dtype(*jax.tree.leaves(params))
-    zeros = optax.tree.zeros_like(params)
     return BacktrackState(
-      # A copy, for params and state may both be donated.
+      # A copy, and arrays of their own, for all of them may be donated.
       params=jax.tree.map(jnp.copy, params),
-      gradient=zeros,
-      direction=zeros,
+      gradient=optax.tree.zeros_like(params),
+      direction=optax.tree.zeros_like(params),
       # Any finite value is accepted from here.
       value=jnp.full([], jnp.inf, dtype),
       slope=jnp.zeros([], dtype),

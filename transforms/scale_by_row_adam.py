@@ -76,11 +76,12 @@ def scale_by_row_adam(
     mu = optax.tree.update_moment(updates, state.mu, b1, 1)
     nu = optax.tree.update_moment(squares, state.nu, b2, 1)
     count = optax.safe_increment(state.count)
-    scale = lambda m, v: m / (jnp.sqrt(v + eps_root) + eps)
+    # A float, for a power of an int would promote it.
+    t = count.astype(jnp.float32)
     scaled = jax.tree.map(
-      scale,
-      optax.tree.bias_correction(mu, b1, count),
-      optax.tree.bias_correction(nu, b2, count),
+      lambda m, v: m / (jnp.sqrt(v + eps_root) + eps),
+      optax.tree.bias_correction(mu, b1, t),
+      optax.tree.bias_correction(nu, b2, t),
     )
     state = ScaleByRowAdamState(
       count=count,
