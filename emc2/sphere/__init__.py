@@ -1,16 +1,19 @@
 """Points on a sphere: energies, tangent spaces, and how to spread them."""
 
 from emc2.sphere import (
+  basin_hopping,
   closed_forms,
   configurations,
   langevin,
   manifold,
   minima,
+  minimize,
   neighbours,
   pairs,
   schedules,
   symmetry,
 )
+from emc2.sphere.energy import energy
 from emc2.sphere.manifold import (
   check_points,
   draw_uniform,
@@ -35,6 +38,7 @@ from emc2.sphere.symmetry import icosadeltahedral, symmetric_seed
 
 __all__ = [
   'Minimum',
+  'basin_hopping',
   'best_known',
   'check_points',
   'check_triangulation',
@@ -43,6 +47,7 @@ __all__ = [
   'degrees',
   'disclination_charges',
   'draw_uniform',
+  'energy',
   'exponential',
   'icosadeltahedral',
   'langevin',
@@ -50,6 +55,7 @@ __all__ = [
   'manifold',
   'min_distance',
   'minima',
+  'minimize',
   'move',
   'nearest_distances',
   'neighbours',

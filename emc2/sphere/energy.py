@@ -51,8 +51,8 @@ def energy(
 
   Examples:
     >>> poles = jnp.array([[0.0, 0.0, 1.0], [0.0, 0.0, -1.0]])
-    >>> energy(poles), jax.grad(energy)(poles)[0]
-    (Array(0.5, dtype=float32), Array([ 0.  ,  0.  , -0.25], dtype=float32))
+    >>> energy(poles), jax.grad(energy)(poles)[:, 2]
+    (Array(0.5, dtype=float32), Array([-0.25,  0.25], dtype=float32))
 
   References:
     Thomson, `On the structure of the atom

@@ -23,11 +23,11 @@ class Optimizer(Protocol):
 class Minimum(NamedTuple):
   """The best points that were seen, and why the search ended."""
 
-  points: jax.Array  # (n, k), unit rows.
-  energy: jax.Array  # ()
-  gradient_norm: jax.Array  # (): of the tangent gradient, over all points.
-  num_evaluations: jax.Array  # (), int32: energies with their gradients.
-  status: jax.Array  # (), int32: a code above.
+  points: jax.Array  # (..., n, k), unit rows.
+  energy: jax.Array  # (...)
+  gradient_norm: jax.Array  # (...): of the tangent gradient, over all points.
+  num_evaluations: jax.Array  # (...), int32: energies with their gradients.
+  status: jax.Array  # (...), int32: a code above.
 
 
 def minimize(
@@ -38,21 +38,23 @@ def minimize(
   tolerance: jax.typing.ArrayLike,
   max_evaluations: jax.typing.ArrayLike,
 ) -> Minimum:
-  r"""Minimises an energy of points on a sphere.
+  r"""Minimises an energy of points on a sphere, from one start or many.
 
-  It ends when the Frobenius norm of the tangent gradient is at most the
+  A chain ends when the Frobenius norm of the tangent gradient is at most the
   tolerance, after `max_evaluations`, when an update moves nothing, or when an
-  energy or a gradient is not finite; it then gives the best points before.
+  energy or a gradient is not finite; it gives the best points before that.
   Among energies that differ by rounding alone the smaller gradient is better.
 
-  Under `jax.vmap` all chains go on until the last has ended.
+  Chains run side by side, an evaluation of each in a step, until the last has
+  ended. Starts with leading axes cost less than :func:`jax.vmap`, which would
+  copy the state of each optimiser in each step to keep that of an ended chain.
 
   Args:
-    points: (n, k), unit rows to start from.
+    points: (..., n, k), unit rows to start from.
     energy_fn: (n, k) -> (), pure.
     optimizer: A gradient transformation whose updates land on the sphere, such
-      as those of :mod:`emc2.transforms.riemannian`. It gets the gradient of
-      `energy_fn` after normalising, and `value`, `grad` and `value_fn`.
+      as those of :func:`emc2.transforms.backtrack`. It gets the tangent
+      gradient, and `value`, `grad` and `value_fn`.
     tolerance: (), at least 0.
     max_evaluations: (), at least 1. What a line search inside of the optimiser
       evaluates does not count.
@@ -75,7 +77,7 @@ def minimize(
     (Array(0, dtype=int32), Array([1., 1.], dtype=float32))
   """
   points = jnp.asarray(points)
-  value_fn = lambda y: energy_fn(manifold.normalize(y))
+  *batch, n, k = points.shape
   rounding = 8 * float(jnp.finfo(points.dtype).eps)
 
   def is_better(new, old):
@@ -84,36 +86,42 @@ def minimize(
     level = new.energy <= old.energy + slack
     return lower | (level & (new.gradient_norm < old.gradient_norm))
 
-  def body(carry):
-    points, state, best = carry
-    value, gradient = jax.value_and_grad(value_fn)(points)
+  def init(points):
+    far = jnp.full_like(points, jnp.finfo(points.dtype).max, shape=())
+    status = jnp.full([], EXHAUSTED, jnp.int32)
+    best = Minimum(points, far, far, jnp.zeros([], jnp.int32), status)
+    return points, optimizer.init(points), best
+
+  def step(points, state, best):
+    value, gradient = jax.value_and_grad(energy_fn)(points)
     gradient = manifold.project(points, gradient)
     norm = jnp.linalg.norm(gradient)
-    count = best.num_evaluations + 1
-    seen = Minimum(points, value, norm, count, best.status)
+    runs = best.status == EXHAUSTED
+    count = best.num_evaluations + runs
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
-    better = finite & is_better(seen, best)
+    seen = Minimum(points, value, norm, count, best.status)
+    better = runs & finite & is_better(seen, best)
     best = jax.tree.map(lambda a, b: jnp.where(better, a, b), seen, best)
 
     updates, state = optimizer.update(
-      gradient, state, points, value=value, grad=gradient, value_fn=value_fn
+      gradient, state, points, value=value, grad=gradient, value_fn=energy_fn
     )
-    status = jnp.select(
-      [best.gradient_norm <= tolerance, ~finite, ~jnp.any(updates != 0)],
-      [CONVERGED, NON_FINITE, STALLED],
-      EXHAUSTED,
-    ).astype(jnp.int32)
+    reasons = [best.gradient_norm <= tolerance, ~finite, ~jnp.any(updates != 0)]
+    codes = [CONVERGED, NON_FINITE, STALLED]
+    status = jnp.select(reasons, codes, EXHAUSTED).astype(jnp.int32)
+    status = jnp.where(runs, status, best.status)
     best = best._replace(num_evaluations=count, status=status)
     return points + updates, state, best
 
   def goes_on(carry):
     *_, best = carry
     in_time = best.num_evaluations < max_evaluations
-    return (best.status == EXHAUSTED) & in_time
+    return jnp.any((best.status == EXHAUSTED) & in_time)
 
-  far = jnp.full_like(points, jnp.finfo(points.dtype).max, shape=())
-  best = Minimum(
-    points, far, far, jnp.int32(0), jnp.full([], EXHAUSTED, jnp.int32)
-  )
-  carry = points, optimizer.init(points), best
-  return jax.lax.while_loop(goes_on, body, carry)[-1]
+  if not batch:
+    body = lambda carry: step(*carry)
+    return jax.lax.while_loop(goes_on, body, init(points))[-1]
+  body = lambda carry: jax.vmap(step)(*carry)
+  carry = jax.vmap(init)(points.reshape(-1, n, k))
+  *_, best = jax.lax.while_loop(goes_on, body, carry)
+  return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), best)

@@ -121,7 +121,9 @@ class ForwardTest(Float64TestCase):
     potential, gradient = oracle(x, None, exponent)
     texts = set()
     for size in (7, 64, 2048):
-      with mock.patch.multiple(reference, _MAX_TILE=size, _MIN_TILE=size):
+      with mock.patch.object(
+        reference, '_tile_size', lambda n, _, size=size: min(size, n)
+      ):
         fn = jax.jit(lambda x: reference.forward(x, None, exponent))
         got = fn(x)
         texts.add(fn.lower(x).as_text())

@@ -23,9 +23,11 @@ import numpy as np
 
 # A tile of float64 of this size lies in the second-level cache of a core.
 _TILE_ENTRIES = 2**16
-_MAX_TILE = 256
-# To call the loops of a tile costs as much as some thousand pairs.
-_MIN_TILE = 96
+# Less is met twice by smaller tiles, but to call the loops of one costs as much
+# as some thousand pairs, unless many sets of points share the call.
+_MIN_TILE = 80
+_FEW_POINTS = 160
+_ALIGN = 8
 # Second derivatives take this many pairs at once.
 _TANGENT_ENTRIES = 2**17
 # Above it the squared distances come from inner products.
@@ -93,28 +95,41 @@ def _squared_distances(x, y):
   return jnp.maximum(r2, jnp.finfo(x.dtype).tiny)
 
 
-def _meet(x, y, keep, exponent):
+def _meet(x, y, exponent, *, x_real=None, y_real=None, same=False):
   """What the points of a tile get from each other.
 
   Args:
     x: (g, k, m).
     y: (g, k, l).
-    keep: (m, l), False where a pair does not count; None if all do.
     exponent: static.
+    x_real: (m,), 1 for a point and 0 for padding; None if there is none.
+    y_real: (l,), the same for y.
+    same: whether x and y are the same points.
 
   Returns:
     Potentials and gradients, for x (g, 1 + k, m) and for y (g, 1 + k, l).
   """
   r2 = _squared_distances(x, y)
-  if keep is not None:
-    # Before the power, whose derivative and value at 0 are infinite.
-    r2 = jnp.where(keep[None], r2, 1.0)
+  if same:
+    # Before the power, which is infinite at 0; the difference is 0 anyway, but
+    # not the potential.
+    diagonal = np.eye(x.shape[2], dtype=bool)[None]
+    r2 = jnp.where(diagonal, 1.0, r2)
   w = weight(r2, exponent)
-  if keep is not None:
-    w = jnp.where(keep[None], w, 0.0)
+  if same:
+    w = jnp.where(diagonal, 0.0, w)
+  real = None
+  if x_real is not None or y_real is not None:
+    ones = lambda z: jnp.ones(z.shape[2], z.dtype)
+    x_real = ones(x) if x_real is None else x_real
+    y_real = ones(y) if y_real is None else y_real
+    real = (x_real[:, None] * y_real[None, :])[None]
+    w *= real
   # One array for all sums, not one made anew in each.
   w = jax.lax.optimization_barrier(w)
   p = potential(r2, w, exponent)
+  if exponent == 0 and real is not None:
+    p *= real
   for_x, for_y = [jnp.sum(p, axis=2)], [jnp.sum(p, axis=1)]
   if x.dtype == jnp.float64 or x.shape[1] > _MAX_DIFFERENCE_DIM:
     basis = lambda z: jnp.concatenate([jnp.ones_like(z[:, :1]), z], axis=1)
@@ -165,7 +180,8 @@ def _to_tiles(x, size, outside):
   """(g, n, k) -> tiles (count, g, k, size), and which points are real.
 
   Padding lies on a line outwards from `outside` of all points: no distance to
-  it is 0. The second result is None where there is none, else (count, size).
+  it is 0. The second result, 1 for a point, is (count, size), or None if all
+  are.
   """
   g, n, k = x.shape
   count = -(-n // size)
@@ -175,7 +191,7 @@ def _to_tiles(x, size, outside):
     steps = jnp.arange(1, extra + 1, dtype=x.dtype)[None, :, None]
     padding = jnp.broadcast_to(outside * steps, (g, extra, k))
     x = jnp.concatenate([x, padding], axis=1)
-    real = jnp.arange(count * size).reshape(count, size) < n
+    real = (jnp.arange(count * size) < n).reshape(count, size).astype(x.dtype)
   return x.reshape(g, count, size, k).transpose(1, 0, 3, 2), real
 
 
@@ -190,35 +206,38 @@ def _outside(x):
   return 2 * jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True) + 1
 
 
-def _both(x_real, y_real):
-  return x_real if x_real is None else x_real[:, None] & y_real[None, :]
+def _tile_size(n, num):
+  """Points in a tile, of n in each of `num` sets."""
+  most = max(math.isqrt(_TILE_ENTRIES // num), _MIN_TILE)
+  if n <= _FEW_POINTS:
+    return -(-n // -(-n // most)) if num > 1 else n
+  if num == 1 and n < 2 * most:
+    most //= 2
+  # Whole vectors, and of those sizes the largest with the least padding.
+  sizes = range(most // 2 // _ALIGN * _ALIGN, most + 1, _ALIGN)
+  return min(sizes, key=lambda size: (-n % size, -size))
 
 
-def _tile_size(n):
-  count = max(-(-n // _MAX_TILE), min(4, n // _MIN_TILE), 1)
-  return -(-n // count)
-
-
-def _among(x, exponent):
+def _among(x, size, exponent):
   """(g, n, k) -> (g, 1 + k, n), from each pair of distinct points."""
   n = x.shape[1]
-  size = _tile_size(n)
-  apart = ~np.eye(size, dtype=bool)
   x, real = _to_tiles(x, size, _outside(x))
   count = x.shape[0]
-  if count == 1:
-    return _meet(x[0], x[0], apart, exponent)[0]
 
   def own(i, tile, total):
     x_i, real_i = tile
-    keep = apart if real_i is None else apart & _both(real_i, real_i)
-    return _add_at(total, i, _meet(x_i, x_i, keep, exponent)[0])
+    for_i, _ = _meet(
+      x_i, x_i, exponent, x_real=real_i, y_real=real_i, same=True
+    )
+    return _add_at(total, i, for_i)
 
   def pair(i, tiles, total):
     (x_i, real_i), (x_j, real_j) = tiles
-    for_i, for_j = _meet(x_i, x_j, _both(real_i, real_j), exponent)
+    for_i, for_j = _meet(x_i, x_j, exponent, x_real=real_i, y_real=real_j)
     return _add_at(_add_at(total, _at(first, i), for_i), _at(second, i), for_j)
 
+  if count == 1:
+    return _meet(x[0], x[0], exponent, same=True)[0]
   take = lambda i: jax.tree.map(lambda z: _at(z, i), (x, real))
   first, second = (jnp.asarray(i) for i in np.triu_indices(count, 1))
   total = jnp.zeros_like(x, shape=(count, x.shape[1], 1 + x.shape[2], size))
@@ -227,22 +246,18 @@ def _among(x, exponent):
   return _from_tiles(_fold(first.size, take_pair, pair, total), n)
 
 
-def _between(x, y, exponent):
+def _between(x, y, size, y_size, exponent):
   """(g, n, k), (g, m, k) -> (g, 1 + k, n), from all pairs."""
   n = x.shape[1]
   outside = jnp.maximum(_outside(x), _outside(y))
-  x, x_real = _to_tiles(x, _tile_size(n), outside)
-  y, y_real = _to_tiles(y, _tile_size(y.shape[1]), -outside)
+  x, x_real = _to_tiles(x, size, outside)
+  y, y_real = _to_tiles(y, y_size, -outside)
   count = y.shape[0]
 
   def pair(i, tiles, total):
     (x_i, x_real_i), (y_j, y_real_j) = tiles
-    keep = None
-    if x_real is not None or y_real is not None:
-      x_real_i = jnp.ones(x_i.shape[2], bool) if x_real is None else x_real_i
-      y_real_j = jnp.ones(y_j.shape[2], bool) if y_real is None else y_real_j
-      keep = _both(x_real_i, y_real_j)
-    return _add_at(total, i // count, _meet(x_i, y_j, keep, exponent)[0])
+    for_i, _ = _meet(x_i, y_j, exponent, x_real=x_real_i, y_real=y_real_j)
+    return _add_at(total, i // count, for_i)
 
   def take(i):
     at = lambda j: lambda z: _at(z, j)
@@ -270,27 +285,30 @@ def forward(rows, columns, exponent):
   *batch, n, k = rows.shape
   working = jnp.float32 if rows.dtype.itemsize < 4 else rows.dtype
 
+  num = math.prod(batch)
+  sets = [rows] if columns is None else [rows, columns]
+  sizes = [_tile_size(z.shape[-2], num) for z in sets]
+
   def group(sets):
     sets = [z.astype(working) for z in sets]
-    if columns is None:
-      return _among(*sets, exponent).astype(rows.dtype)
-    return _between(*sets, exponent).astype(rows.dtype)
+    meet = _among if columns is None else _between
+    return meet(*sets, *sizes, exponent).astype(rows.dtype)
 
-  sets = [rows] if columns is None else [rows, columns]
-  sums = _in_groups(group, [z.reshape(-1, *z.shape[-2:]) for z in sets])
+  together = max(1, _TILE_ENTRIES // (sizes[0] * sizes[-1]))
+  sets = [z.reshape(num, *z.shape[-2:]) for z in sets]
+  sums = _in_groups(group, sets, min(num, together))
   value = sums[:, 0].reshape(*batch, n)
   return value, _rows(sums[:, 1:]).reshape(*batch, n, k)
 
 
-def _in_groups(fn, sets):
-  """Applies fn to so many sets of points at once as fill a tile."""
+def _in_groups(fn, sets, size):
+  """Applies fn to at most `size` sets of points at a time."""
   num = sets[0].shape[0]
-  entries = math.prod(_tile_size(z.shape[1]) for z in (sets[0], sets[-1]))
-  size = min(num, max(1, _TILE_ENTRIES // entries))
   count = -(-num // size)
   if count == 1:
     return fn(sets)
-  # The last group is filled up with sets that are in it or before it.
+  size = -(-num // count)
+  # The last group is filled up with sets that are in it already.
   index = np.minimum(np.arange(count * size), num - 1).reshape(count, size)
   out = jax.lax.map(lambda i: fn([z[i] for z in sets]), jnp.asarray(index))
   return out.reshape(-1, *out.shape[2:])[:num]
