@@ -35,7 +35,8 @@ def _update(tx, updates, params=None, **extra_args):
   as_arrays = lambda tree: jax.tree.map(jnp.asarray, tree)
   params = None if params is None else as_arrays(params)
   state = tx.init(as_arrays(updates) if params is None else params)
-  return tx.update(as_arrays(updates), state, params, **extra_args)[0]
+  update = lambda *args: tx.update(*args, **extra_args)[0]
+  return jax.jit(update)(as_arrays(updates), state, params)
 
 
 def _run(tx, points, steps, energy=coulomb.energy):
@@ -209,12 +210,14 @@ class TransportMomentumTest(parameterized.TestCase):
       }
     )
     grads = jax.tree.map(jnp.asarray, _grads())
-    want = inner.update(grads, by_hand, params)
-    got = transforms.transport_momentum(inner).update(grads, state, params)
+    plain = jax.jit(inner.update)
+    want = plain(grads, by_hand, params)
+    tx = transforms.transport_momentum(inner)
+    got = jax.jit(tx.update)(grads, state, params)
     near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(near, got, want)
     if fields:
-      idle = inner.update(grads, state, params)[0]
+      idle = plain(grads, state, params)[0]
       gaps = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), idle, got[0])
       self.assertGreater(max(jax.tree.leaves(gaps)), 1e-2)
 
@@ -316,14 +319,10 @@ class SearchOnSphereTest(Float64TestCase):
     points = jnp.asarray(coulomb.uniform(0, 8, 3, dtype=np.float64))
     tx = transforms.riemannian(optax.sgd(0.5), line_search=search, map=map)
     value, grad = jax.value_and_grad(coulomb.energy)(points)
-    updates, state = tx.update(
-      grad,
-      tx.init(points),
-      points,
-      value=value,
-      grad=grad,
-      value_fn=coulomb.energy,
+    step = lambda grad, state, points, value: tx.update(
+      grad, state, points, value=value, grad=grad, value_fn=coulomb.energy
     )
+    updates, state = jax.jit(step)(grad, tx.init(points), points, value)
     ends = points + updates
     self.assertGreater(jnp.linalg.norm(updates), 0.1)
     self.assertLess(coulomb.energy(ends), value)
@@ -335,20 +334,23 @@ class SearchOnSphereTest(Float64TestCase):
 
   def test_still_points_stay(self):
     """The gradient of a row that has not moved is that of its point."""
-    search = optax.scale_by_zoom_linesearch(9)
+    search = optax.scale_by_backtracking_linesearch(9, store_grad=True)
     for map in MAPS:
       tx = transforms.search_on_sphere(search, map)
       points = jnp.asarray(coulomb.uniform(0, 4, 3, dtype=np.float64))
       value, grad = jax.value_and_grad(coulomb.energy)(points)
       down = jnp.asarray(-coulomb.project(points, grad)).at[0].set(0)
-      updates, state = tx.update(
-        0.01 * down,
-        tx.init(points),
-        points,
-        value=value,
-        grad=grad,
-        value_fn=coulomb.energy,
+      step = lambda grad, state, value, tx=tx, points=points, down=down: (
+        tx.update(
+          0.01 * down,
+          state,
+          points,
+          value=value,
+          grad=grad,
+          value_fn=coulomb.energy,
+        )
       )
+      updates, state = jax.jit(step)(grad, tx.init(points), value)
       np.testing.assert_array_equal(updates[0], 0)
       ends = coulomb.follow(map, points, updates)
       want = coulomb.project(ends, coulomb.gradient(ends))
