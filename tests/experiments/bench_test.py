@@ -18,7 +18,8 @@ from emc2.contrastive import objective
 from emc2.experiments import bench
 from emc2.experiments.benchmarks import contrastive as contrastive_bench
 from emc2.experiments.benchmarks import contrastive_toys as toys
-from emc2.experiments.benchmarks import harness, worker
+from emc2.experiments.benchmarks import harness, peers_thomson, worker
+from emc2.experiments.benchmarks import thomson as thomson_bench
 
 # A module that a worker can serve, in any Python.
 _SERVED = """
@@ -421,6 +422,109 @@ class ContrastiveTest(parameterized.TestCase):
         width=2,
       )
       self.assertTrue(np.isfinite(ended.loss).all())
+
+
+class ThomsonTest(parameterized.TestCase):
+  def test_cases_have_names_of_their_own_and_smoke_is_a_part(self):
+    for smoke in (True, False):
+      names = [case.name for case in thomson_bench.cases(smoke)]
+      self.assertLen(set(names), len(names))
+
+  @parameterized.parameters('in place', 'plain')
+  def test_the_peers_energy_is_that_of_a_loop(self, form):
+    for n in (7, 600):  # The second takes more than one block.
+      points = peers_thomson.draw(n, 1)[0]
+      value, potential, gradient = peers_thomson.FORMS[form](n)(points)
+      apart = points[:, None] - points
+      distance = np.linalg.norm(apart, axis=2) + np.diag(np.full(n, np.inf))
+      np.testing.assert_allclose(potential, (1 / distance).sum(1))
+      np.testing.assert_allclose(value, (1 / distance).sum() / 2)
+      want = -(apart / distance[..., None] ** 3).sum(1)
+      # Inner products lose digits of the distances of the nearest points.
+      np.testing.assert_allclose(gradient, want, rtol=1e-7)
+
+  def test_both_sides_solve_the_same_starts(self):
+    arguments = dict(num_points=6, count=3, tolerance=1e-4)
+    theirs = peers_thomson.solved(**arguments)
+    # In float64 the L-BFGS of optax asks for it.
+    self.enterContext(jax.numpy_dtype_promotion('standard'))
+    ours = thomson_bench.VALUES['solved'](**arguments)
+    for energies, norms, _ in (ours, theirs):
+      np.testing.assert_allclose(energies, 9.985281374239, rtol=1e-8)
+      self.assertLess(max(norms), 1e-4)
+    thomson_bench.time_solve(**arguments)()
+    peers_thomson.time_solve(**arguments)()
+
+  @parameterized.parameters('ours', 'blocks', 'whole')
+  def test_forms_agree_with_numpy_and_keep_float64(self, form):
+    arguments = dict(num_points=40, dtype='float64', form=form)
+    potential, gradient = thomson_bench.time_pairs(**arguments)()
+    points = peers_thomson.draw(40, 1)[0]
+    _, want, slope = peers_thomson.Plain(40)(points)
+    np.testing.assert_allclose(potential, want, rtol=1e-12)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-9)
+    self.assertEqual(potential.dtype, np.float64)
+
+  def test_energies_of_sets_are_those_of_each(self):
+    values, _ = thomson_bench.time_energy(num_points=9, count=3)()
+    sets = peers_thomson.draw(9, 3)
+    want = [peers_thomson.Plain(9)(points)[0] for points in sets]
+    np.testing.assert_allclose(values, want, rtol=1e-12)
+    peers_thomson.time_energy(num_points=9, count=3)()
+    value, gradient = thomson_bench.time_energy(num_points=9)()
+    np.testing.assert_allclose(value, want[0], rtol=1e-12)
+    self.assertEqual(gradient.dtype, np.float64)
+
+  def test_kernels_run(self):
+    for spec in ('thomson_12', 'visiting_block'):
+      thomson_bench.time_kernel(spec=spec, implementation='xla')()
+
+  def test_memory_grows_as_the_points(self):
+    ask = thomson_bench.VALUES['temporary_bytes']
+    ours, whole = (
+      [ask(num_points=n, form=form) for n in (2000, 8000)]
+      for form in ('ours', 'whole')
+    )
+    self.assertLess(ours[1], 4 * ours[0])
+    self.assertGreater(whole[1], 15 * whole[0])
+
+  def test_minima_are_searched_by_as_many_processes_as_cores(self):
+    (case,) = [c for c in thomson_bench.cases(True) if 'minima' in c.name]
+    with harness.Context(smoke=True) as context:
+      gap, cpu, wall = case.run(context)
+    self.assertLess(abs(gap.ours.low), 1e-10)
+    self.assertEqual(gap.name, 'minima: n = 4 to 12')
+    self.assertIs(gap.met, True)
+    self.assertGreater(cpu.ours.value, 0)
+    self.assertEqual(cpu.wall[0], wall.ours.value)
+
+  def test_a_lower_energy_than_was_known_is_told(self):
+    found = {'num_points': 5, 'gap': 1e-12, 'origin': 'D2', 'seconds': 2.0}
+    found['num_starts'] = 8
+    row = thomson_bench.gap_row([found], None)
+    self.assertEqual(row.note, 'n = 5: from D2, one of 8 starts, 2 s')
+    other = found | {'num_points': 7, 'gap': -2e-8}
+    row = thomson_bench.gap_row([found, other], 1e-9)
+    self.assertEqual(row.ours.value, 1e-12)
+    self.assertIn('2 of 2 n are within 1e-9', row.note)
+    self.assertIn('lower than was known: n = 7 (-2.0e-08)', row.note)
+
+  def test_rows_name_the_share_that_reaches_the_tolerance(self):
+    cases = thomson_bench.cases(True)
+    (case,) = [c for c in cases if c.name == 'solve: 64 for 4, n=10']
+    with harness.Context(smoke=True) as context:
+      (row,) = case.run(context)
+    self.assertIn('reached by 4 of 4 starts', row.note)
+    self.assertIn('the peer: 2 of 2 starts', row.note)
+    self.assertIsNotNone(row.ratio)  # The peer needs no Python of its own.
+
+  def test_kernel_rows_without_an_accelerator_say_so(self):
+    cases = thomson_bench.cases(True)
+    (case,) = [c for c in cases if c.name == 'kernel: riesz, thomson_12']
+    with harness.Context() as context:
+      (row,) = case.run(context)
+    self.assertIsNone(row.ours)
+    self.assertIn('no accelerator', row.note)
 
 
 def _loss(weight, data):
