@@ -77,13 +77,15 @@ def program(
 
   @jax.jit
   def run(starts, tolerance):
-    return minimize(
-      starts,
-      energy_fn,
-      optimizer,
-      tolerance=tolerance,
-      max_evaluations=_MAX_EVALUATIONS,
-    )
+    # In float64 the L-BFGS of optax adds integers of 32 and of 64 bits.
+    with jax.numpy_dtype_promotion('standard'):
+      return minimize(
+        starts,
+        energy_fn,
+        optimizer,
+        tolerance=tolerance,
+        max_evaluations=_MAX_EVALUATIONS,
+      )
 
   return run
 

@@ -446,8 +446,6 @@ class ThomsonTest(parameterized.TestCase):
   def test_both_sides_solve_the_same_starts(self):
     arguments = dict(num_points=6, count=3, tolerance=1e-4)
     theirs = peers_thomson.solved(**arguments)
-    # In float64 the L-BFGS of optax asks for it.
-    self.enterContext(jax.numpy_dtype_promotion('standard'))
     ours = thomson_bench.VALUES['solved'](**arguments)
     for energies, norms, _ in (ours, theirs):
       np.testing.assert_allclose(energies, 9.985281374239, rtol=1e-8)

@@ -1,6 +1,5 @@
 """The search against the known minima, closed forms and NumPy."""
 
-import jax
 import numpy as np
 from absl.testing import parameterized
 
@@ -19,11 +18,6 @@ def _energy(points, exponent):
 
 
 class SphereSearchTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    # In float64 the L-BFGS of optax asks for it.
-    self.enterContext(jax.numpy_dtype_promotion('standard'))
-
   def test_finds_the_least_energy_and_stops_there(self):
     known = minima.best_known(16)
     found = sphere_search.search(16, target=known.energy, num_chains=2)
