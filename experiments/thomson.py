@@ -122,27 +122,30 @@ def _suits(name, config):
   return config.k == 3 or name != 'spherical_lbfgs'
 
 
-def draw_starts(config: Config, symmetric: bool) -> np.ndarray:
-  """The points that the chains start from.
+def draw_starts(config: Config, name: str) -> np.ndarray:
+  """Draws the points that the chains of an optimiser start from.
+
+  They are uniform, and the same for all but basin hopping. Its starts are
+  symmetric where k = 3: a random point group maps them to themselves, but for
+  shifts of a thousandth of the radius, which let them leave a saddle point.
 
   Args:
     config: The settings.
-    symmetric: Whether a random point group maps them to themselves, but for a
-      shift of a thousandth of the radius, which lets them leave a saddle point.
+    name: Of the optimiser.
 
   Returns:
     (restarts, n, k), of the config's dtype, unit rows.
   """
   rng = np.random.default_rng(config.seed)
-  shape = config.restarts, config.n, config.k
-  points = rng.normal(size=shape)
-  if symmetric:
+  points = rng.normal(size=(config.restarts, config.n, config.k))
+  groups = []
+  if name == 'basin_hopping' and config.k == 3 and config.symmetric:
     fits = functools.partial(sphere.symmetry.possible, num_points=config.n)
     groups = [group for group in sphere.symmetry.GROUPS if fits(group)]
-    for i in range(config.restarts if groups else 0):
-      group = groups[rng.integers(len(groups))]
-      seed = sphere.symmetric_seed(rng, config.n, group)
-      points[i] = seed + 1e-3 * rng.normal(size=seed.shape)
+  for i in range(config.restarts if groups else 0):
+    group = groups[rng.integers(len(groups))]
+    seed = sphere.symmetric_seed(rng, config.n, group)
+    points[i] = seed + 1e-3 * rng.normal(size=seed.shape)
   points /= np.linalg.norm(points, axis=-1, keepdims=True)
   return points.astype(config.dtype)
 
@@ -166,21 +169,35 @@ def make_step(method: thomson_methods.Method, restarts: int) -> Any:
   return step
 
 
+def place(state: State) -> tuple[State, jax.sharding.NamedSharding | None]:
+  """Spreads the chains over all devices, if they divide them.
+
+  Args:
+    state: On one device.
+
+  Returns:
+    The state, and how what all devices hold is placed; None for one device.
+  """
+  if jax.device_count() == 1 or len(state.energy) % jax.device_count():
+    return state, None
+  devices, spec = mesh_lib.make(), jax.sharding.PartitionSpec
+  state = mesh_lib.place(state, devices, spec(mesh_lib.DATA))
+  return state, jax.sharding.NamedSharding(devices, spec())
+
+
 def train(
   config: Config,
-  method: thomson_methods.Method,
-  starts: np.ndarray,
-  workdir: epath.Path,
   name: str,
+  method: thomson_methods.Method,
+  workdir: epath.PathLike,
 ) -> tuple[np.ndarray, float]:
   """Runs all chains of one optimiser.
 
   Args:
     config: The settings.
-    method: The optimiser.
-    starts: (restarts, n, k).
+    name: Of the optimiser.
+    method: Its functions.
     workdir: Its folder.
-    name: Its name.
 
   Returns:
     The best points (n, k), and their energy.
@@ -192,18 +209,14 @@ def train(
     # No step draws from these keys.
     keys = jax.random.split(jax.random.fold_in(key, 2**31 - 1), len(starts))
     chain = jax.vmap(method.init)(keys, starts)
-    worst = jnp.full(len(starts), jnp.inf, starts.dtype)
-    return State(chain, starts, worst)
+    return State(chain, starts, jnp.full(len(starts), jnp.inf, starts.dtype))
 
-  state = init(key, starts)
-  place = None
-  if jax.device_count() > 1 and config.restarts % jax.device_count() == 0:
-    devices = mesh_lib.make()
-    rows = jax.sharding.PartitionSpec(mesh_lib.DATA)
-    state = mesh_lib.place(state, devices, rows)
-    place = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
-  # Two calls at least, since the first is not timed.
-  steps_per_call = max(1, min(50, method.num_steps // 8))
+  state, everywhere = place(init(key, draw_starts(config, name)))
+  # Several calls, since the first is not timed, and of one length, since each
+  # length is compiled.
+  most = max(1, min(50, method.num_steps // 8))
+  divides = lambda steps: method.num_steps % steps == 0
+  steps_per_call = max(filter(divides, range(1, most + 1)))
   state = runner.train(
     state,
     make_step(method, config.restarts),
@@ -220,7 +233,7 @@ def train(
     first = jnp.argmin(state.energy)
     return state.points[first], state.energy[first]
 
-  points, energy = jax.jit(best, out_shardings=place)(state)
+  points, energy = jax.jit(best, out_shardings=everywhere)(state)
   return np.asarray(points), float(energy)
 
 
@@ -285,15 +298,10 @@ def run(config: Config, workdir: epath.Path) -> dict[str, float]:
   best, energies, seconds, curves = None, {}, {}, {}
   # Between float32 and the default of float64 stand weights of L-BFGS.
   with jax.enable_x64(config.dtype == 'float64'):
-    starts = draw_starts(config, symmetric=False)
-    problem = make_problem(config, starts)
+    problem = make_problem(config, draw_starts(config, ''))
     for name in names:
-      begin = starts
-      if name == 'basin_hopping' and config.k == 3 and config.symmetric:
-        begin = draw_starts(config, symmetric=True)
-      method = thomson_methods.METHODS[name](problem)
-      folder = workdir / name
-      points, energies[name] = train(config, method, begin, folder, name)
+      method, folder = thomson_methods.METHODS[name](problem), workdir / name
+      points, energies[name] = train(config, name, method, folder)
       if best is None or energies[name] < best[1]:
         best = points, energies[name]
       step = runner.seconds_per_step(folder)

@@ -50,7 +50,7 @@ def draw(
   Returns:
     A Matplotlib figure.
   """
-  from matplotlib import figure  # A second to import.
+  from matplotlib import figure  # A second to import; most calls end before.
 
   drawn = figure.Figure(figsize=(11.5, 5.2), layout='constrained')
   left, right = drawn.subplots(1, 2, width_ratios=(1, 1.15))
@@ -135,7 +135,7 @@ def draw_circle(axis: Any, points: np.ndarray) -> None:
 def draw_inner_products(axis: Any, points: np.ndarray) -> None:
   """Draws how many pairs of points (n, k) have which inner product."""
   products = (points @ points.T)[np.triu_indices(len(points), 1)]
-  axis.hist(products, bins=np.linspace(-1, 1, 101), color=COLORS[7])
+  axis.hist(products, bins=np.linspace(-1.01, 1.01, 102), color=COLORS[7])
   axis.set(xlabel='inner product', ylabel='pairs', xlim=(-1.03, 1.03))
   axis.grid(alpha=0.3)
 
@@ -147,6 +147,8 @@ def draw_curves(
   reference_name: str,
 ) -> None:
   """Draws relative gaps against time, each until its energy last fell."""
+  from matplotlib import ticker
+
   for name, (color, line) in zip(curves, STYLES, strict=False):
     seconds, energies = curves[name]
     gaps = np.maximum((energies - reference) / abs(reference), FLOOR)
@@ -162,6 +164,8 @@ def draw_curves(
     title='Best of all starts; a dot where it last fell',
   )
   axis.title.set_fontsize(11)
+  for side in (axis.xaxis, axis.yaxis):  # They would overlap.
+    side.set_minor_formatter(ticker.NullFormatter())
   axis.grid(alpha=0.3)
   axis.legend(
     loc='center left', bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9

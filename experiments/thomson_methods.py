@@ -46,19 +46,19 @@ class Problem(NamedTuple):
 
   @property
   def step_size(self) -> float:
-    r"""What gradient descent can take near a minimum.
+    r"""What gradient descent takes near a minimum: 0.9 over the curvature.
 
-    The largest curvature there is about :math:`5 w / a^{s + 2}` with `a` the
-    spacing, :math:`w = s (s + 1)`, or 1 for the logarithm; 5 is the measured
-    number in the dimension 3, where this is :math:`4 n^{-3/2}` for s = 1 and
-    :math:`4.7 n^{-2}` for s = 2. In higher dimensions distant points add to
-    it, at most n in all, as do more neighbours.
+    Neighbours at the spacing :math:`a` make the largest curvature about
+    :math:`5 w / a^{s + 2}` with :math:`w = s (s + 1)`, or 1 for the logarithm,
+    in proportion to k - 1 where k > 3; but it is at least the push outwards. So
+    on the ordinary sphere the step size is :math:`4 n^{-3/2}` for s = 1 and
+    :math:`4.7 n^{-2}` for s = 2. Measured curvatures for k from 2 to 16 and s
+    from 0 to 4 are below 1.1 over it, and descent is stable below 2.
     """
     s = self.exponent
     weight = s * (s + 1) if s > 0 else 1.0
     near = 5 * max(1.0, (self.dim - 1) / 2) * weight
-    curvature = near * self.spacing ** -(s + 2) + max(0, self.dim - 3) * weight
-    return 0.9 / curvature
+    return 0.9 / max(near * self.spacing ** -(s + 2), self.push)
 
   def energy(self, points: jax.Array) -> jax.Array:
     """Of points (n, k), ()."""
@@ -127,8 +127,8 @@ def _momentum(problem):
 
 
 def _cosine(problem):
-  """The length of a move of Adam, which falls to 0."""
-  return optax.cosine_decay_schedule(0.03 * problem.spacing, problem.num_steps)
+  """How far Adam moves a coordinate: at first as far as it may, then less."""
+  return optax.cosine_decay_schedule(0.2 * problem.spacing, problem.num_steps)
 
 
 def _adam(problem):
@@ -365,7 +365,8 @@ def _basin_hopping(problem):
   )
 
   def init(key, points):
-    return walk(lambda points: (points, jnp.inf)).init(key, points)
+    worst = jnp.full_like(points, jnp.inf, shape=())
+    return walk(lambda points: (points, worst)).init(key, points)
 
   def step(key, state, number):
     start = lambda moved: jnp.where(number == 0, state.points, moved)
