@@ -2,7 +2,7 @@ r"""Basin hopping: a Metropolis walk over the minima of an energy."""
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from emc2.sphere import manifold
 MOVES = ('reinsert', 'kick', 'kick_cap', 'rotate_cap')
 """The moves, in the order of `move_probabilities`."""
 
+_PROBABILITIES = (0.35, 0.25, 0.25, 0.15)
 _MAX_REINSERTED = 4
 _NUM_SITES = 40
 
@@ -49,7 +50,7 @@ def propose(
   points: jax.typing.ArrayLike,
   *,
   exponent: float = 1.0,
-  move_probabilities: jax.typing.ArrayLike = (0.35, 0.25, 0.25, 0.15),
+  move_probabilities: Sequence[float] | jax.Array = _PROBABILITIES,
 ) -> tuple[jax.Array, jax.Array]:
   r"""Moves points out of the basin they are in.
 
@@ -177,7 +178,7 @@ def step(
   temperature: jax.typing.ArrayLike,
   max_rejected: jax.typing.ArrayLike,
   exponent: float,
-  move_probabilities: jax.typing.ArrayLike,
+  move_probabilities: Sequence[float] | jax.Array,
 ) -> tuple[State, Info]:
   """One step of :func:`basin_hopping`."""
   del batch
@@ -219,7 +220,7 @@ def basin_hopping(
   temperature: jax.typing.ArrayLike = 0.02,
   max_rejected: jax.typing.ArrayLike = 60,
   exponent: float = 1.0,
-  move_probabilities: jax.typing.ArrayLike = (0.35, 0.25, 0.25, 0.15),
+  move_probabilities: Sequence[float] | jax.Array = _PROBABILITIES,
 ) -> algorithm.Algorithm:
   r"""Global search: perturb, minimise, accept as Metropolis does.
 

@@ -97,7 +97,7 @@ def minimize(
     gradient = manifold.project(points, gradient)
     norm = jnp.linalg.norm(gradient)
     runs = best.status == EXHAUSTED
-    count = best.num_evaluations + runs
+    count = best.num_evaluations + runs.astype(jnp.int32)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     seen = Minimum(points, value, norm, count, best.status)
     better = runs & finite & is_better(seen, best)
@@ -106,9 +106,10 @@ def minimize(
     updates, state = optimizer.update(
       gradient, state, points, value=value, grad=gradient, value_fn=energy_fn
     )
+    code = lambda number: jnp.full_like(best.status, number)
     reasons = [best.gradient_norm <= tolerance, ~finite, ~jnp.any(updates != 0)]
-    codes = [CONVERGED, NON_FINITE, STALLED]
-    status = jnp.select(reasons, codes, EXHAUSTED).astype(jnp.int32)
+    codes = [code(CONVERGED), code(NON_FINITE), code(STALLED)]
+    status = jnp.select(reasons, codes, code(EXHAUSTED))
     status = jnp.where(runs, status, best.status)
     best = best._replace(num_evaluations=count, status=status)
     return points + updates, state, best

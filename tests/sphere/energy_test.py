@@ -33,9 +33,9 @@ class EnergyTest(Float64TestCase):
   @parameterized.parameters(
     ('icosahedron', 1.0, 49.1652530576),
     ('icosahedron', 2.0, 39.0),
-    ('cell_600', 1.0, 5796.5764557024),
-    ('cell_600', 2.0, 5395.0),
-    ('e8_roots', 2.0, 16550.0),
+    ('600-cell', 1.0, 5796.5764557024),
+    ('600-cell', 2.0, 5395.0),
+    ('e8_240', 2.0, 16550.0),
   )
   def test_codes(self, name, exponent, want):
     points = configurations.make(name)

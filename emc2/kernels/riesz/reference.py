@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 # A tile of float64 of this size lies in the second-level cache of a core.
 _TILE_ENTRIES = 2**16
@@ -113,7 +112,8 @@ def _meet(x, y, exponent, *, x_real=None, y_real=None, same=False):
   if same:
     # Before the power, which is infinite at 0; the difference is 0 anyway, but
     # not the potential.
-    diagonal = np.eye(x.shape[2], dtype=bool)[None]
+    index = jnp.arange(x.shape[2])
+    diagonal = (index[:, None] == index[None, :])[None]
     r2 = jnp.where(diagonal, 1.0, r2)
   w = weight(r2, exponent)
   if same:
@@ -231,19 +231,23 @@ def _among(x, size, exponent):
     )
     return _add_at(total, i, for_i)
 
-  def pair(i, tiles, total):
+  # Each pair once: tile i and the one that comes 1, 2, ... after it, in a ring.
+  both = lambda p: (p % count, (p % count + p // count + 1) % count)
+
+  def pair(p, tiles, total):
     (x_i, real_i), (x_j, real_j) = tiles
     for_i, for_j = _meet(x_i, x_j, exponent, x_real=real_i, y_real=real_j)
-    return _add_at(_add_at(total, _at(first, i), for_i), _at(second, i), for_j)
+    i, j = both(p)
+    return _add_at(_add_at(total, i, for_i), j, for_j)
 
   if count == 1:
     return _meet(x[0], x[0], exponent, same=True)[0]
   take = lambda i: jax.tree.map(lambda z: _at(z, i), (x, real))
-  first, second = (jnp.asarray(i) for i in np.triu_indices(count, 1))
   total = jnp.zeros_like(x, shape=(count, x.shape[1], 1 + x.shape[2], size))
   total = _fold(count, take, own, total)
-  take_pair = lambda i: (take(_at(first, i)), take(_at(second, i)))
-  return _from_tiles(_fold(first.size, take_pair, pair, total), n)
+  take_both = lambda p: tuple(take(i) for i in both(p))
+  num_pairs = count * (count - 1) // 2
+  return _from_tiles(_fold(num_pairs, take_both, pair, total), n)
 
 
 def _between(x, y, size, y_size, exponent):
@@ -309,8 +313,8 @@ def _in_groups(fn, sets, size):
     return fn(sets)
   size = -(-num // count)
   # The last group is filled up with sets that are in it already.
-  index = np.minimum(np.arange(count * size), num - 1).reshape(count, size)
-  out = jax.lax.map(lambda i: fn([z[i] for z in sets]), jnp.asarray(index))
+  index = jnp.minimum(jnp.arange(count * size), num - 1).reshape(count, size)
+  out = jax.lax.map(lambda i: fn([z[i] for z in sets]), index)
   return out.reshape(-1, *out.shape[2:])[:num]
 
 
