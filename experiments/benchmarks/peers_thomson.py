@@ -65,7 +65,7 @@ class Plain:
     squares = 2 - 2 * points @ points.T
     np.fill_diagonal(squares, np.inf)
     inverse = 1 / np.sqrt(squares)
-    weights = inverse**3
+    weights = inverse / squares
     potential = inverse.sum(axis=1)
     gradient = weights @ points - weights.sum(axis=1, keepdims=True) * points
     return potential.sum() / 2, potential, gradient
