@@ -53,7 +53,7 @@ def keys(num, seed=1):
 
 
 class MovesTest(parameterized.TestCase):
-  @parameterized.parameters((0, 3), (1, 3), (2, 3), (3, 3), (3, 2), (3, 5))
+  @parameterized.parameters((0, 3), (1, 3), (2, 3), (3, 3), (3, 2))
   def test_lands_on_the_sphere(self, move, dim):
     x = sphere.draw_uniform(jax.random.key(0), 30, dim)
     moved, which = propose(keys(50), x, jnp.eye(4)[move])
@@ -152,10 +152,10 @@ class WalkTest(parameterized.TestCase):
     with jax.enable_x64(True), standard:
       method = basin_hopping.basin_hopping(descend(16))
       points = jax.vmap(lambda k: sphere.draw_uniform(k, 16, 3, jnp.float64))(
-        keys
+        keys(4)
       )
       run = lambda key, x: algorithm.scan(
-        key, method.init(key, x), jnp.arange(6), method.step
+        key, method.init(key, x), jnp.arange(4), method.step
       )
       state, infos = jax.jit(jax.vmap(run))(keys(4), points)
       known = sphere.best_known(16).energy
