@@ -4,6 +4,10 @@
 
 spreads 12 charges on the sphere from 32 starts by every optimiser of
 :mod:`emc2.experiments.thomson_methods`, and polishes the best points of all.
+It takes about a minute on two CPU cores, most of it to compile; its steps take
+four seconds. That command, with JAX 0.10.2, came to energy 49.1652530576288
+with gradient_norm 6e-12, a relative_gap of 3e-16 to the icosahedron, and 12
+defects; every optimiser came as near but pair_sgd, 6.6e-5 above.
 `--config.n=`, `--config.k=` and `--config.s=` choose the points, the dimension
 and the exponent of the energy, `--config.optimizers=` some of the optimisers.
 

@@ -291,13 +291,13 @@ def _penalised(problem, *, weights, multiplies):
     E(Y) + \frac{\lambda}{2} \sum_i (\|y_i\|^2 - 1)^2
          - \sum_i \mu_i (\|y_i\|^2 - 1)
 
-  In stages whose weights grow from one to the other number, each in units of
-  the points' push outwards; after each,
+  In stages whose weights grow by equal factors, from the first number to the
+  last, each in units of the points' push outwards; after each,
   :math:`\mu_i \leftarrow \mu_i - \lambda (\|y_i\|^2 - 1)` or nothing. The
   gradient is automatic, so that of the penalty is
   :math:`2 \lambda (\|y\|^2 - 1) y`; the paper prints half of it.
   """
-  num_stages = min(25, problem.num_steps)
+  num_stages = min(25, max(1, problem.num_steps // 40))
   # The last stage has what is left over.
   length = problem.num_steps // num_stages
   first, last = weights
@@ -311,7 +311,7 @@ def _penalised(problem, *, weights, multiplies):
   def step(key, state, number):
     del key
     stage = jnp.minimum(number // length, num_stages - 1)
-    grown = (last / first) ** (stage / max(1, num_stages - 1))
+    grown = (last / first) ** ((stage + 1) / num_stages)
     weight = (problem.push * first * grown).astype(state.multipliers.dtype)
 
     def value_fn(points):

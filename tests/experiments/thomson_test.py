@@ -50,6 +50,10 @@ class ThomsonTest(parameterized.TestCase):
     self.folder = pathlib.Path(self.create_tempdir().full_path)
     # Optax's bias correction counts on promotion.
     self.enter_context(jax.numpy_dtype_promotion('standard'))
+    # Nearly all of the time goes into compiling.
+    name = 'jax_disable_most_optimizations'
+    self.addCleanup(jax.config.update, name, jax.config.read(name))
+    jax.config.update(name, True)
 
   def _run(self, folder='run', **settings):
     config = thomson.Config(**(SMALL | settings))
@@ -83,8 +87,9 @@ class ThomsonTest(parameterized.TestCase):
     np.testing.assert_allclose(_energy(points), results['energy'], rtol=1e-14)
     self.assertGreater((self.folder / 'run/figure.png').stat().st_size, 50_000)
 
-    loose = {'pair_sgd': 1e-2, 'annealing': 1e-3, 'momentum': 1e-4}
-    loose |= {'adam': 1e-3, 'row_adam': 1e-3, 'gradient_descent': 1e-4}
+    loose = {'pair_sgd': 1e-2, 'annealing': 1e-3, 'penalty': 1e-5}
+    loose |= {'adam': 1e-5, 'row_adam': 1e-5, 'momentum': 1e-4}
+    loose |= {'augmented_lagrangian': 1e-6}
     for name in names:
       gap = results[f'{name}.relative_gap']
       self.assertBetween(gap, -1e-12, loose.get(name, 1e-8), msg=name)
@@ -285,7 +290,7 @@ class MethodsTest(parameterized.TestCase):
       np.testing.assert_allclose(energies[-1], 9.985281374239, rtol=1e-6)
       np.testing.assert_allclose(np.linalg.norm(points, axis=-1), 1, rtol=1e-6)
       # Measured at the start and the ends of the stages only.
-      self.assertEqual(np.sum(np.isfinite(energies)), 26)
+      self.assertEqual(np.sum(np.isfinite(energies)), 8)
     push = _problem().push
     # The octahedron's push over that of the weights.
     want = 9.985281374239 / 6 / (2e3 * push)
