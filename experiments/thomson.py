@@ -43,7 +43,7 @@ from etils import epath
 from emc2 import mesh as mesh_lib
 from emc2 import sphere
 from emc2.experiments import metrics, runner, thomson_figure, thomson_methods
-from emc2.sphere.minimize import minimize
+from emc2.sphere import minimize
 
 
 @dataclasses.dataclass
@@ -257,7 +257,7 @@ def polish(
 
   @jax.jit
   def descend(points):
-    return minimize(
+    return minimize.minimize(
       points,
       problem.energy,
       thomson_methods.make_lbfgs(problem),

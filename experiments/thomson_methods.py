@@ -16,12 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emc2 import transforms
+from emc2 import sphere, transforms
 from emc2.kernels import riesz
-from emc2.sphere import manifold, pairs
-from emc2.sphere.basin_hopping import basin_hopping
-from emc2.sphere.energy import energy
-from emc2.sphere.minimize import minimize
+from emc2.sphere import basin_hopping, manifold, minimize, pairs
 
 MEMORY = 20
 """Pairs that L-BFGS keeps."""
@@ -62,7 +59,7 @@ class Problem(NamedTuple):
 
   def energy(self, points: jax.Array) -> jax.Array:
     """Of points (n, k), ()."""
-    return energy(points, self.exponent)
+    return sphere.energy(points, self.exponent)
 
 
 class Method(NamedTuple):
@@ -348,7 +345,7 @@ def _basin_hopping(problem):
   def find(points):
     eps = float(jnp.finfo(points.dtype).eps)
     scale = problem.push * math.sqrt(problem.num_points)
-    found = minimize(
+    found = minimize.minimize(
       points,
       problem.energy,
       make_lbfgs(problem),
@@ -359,7 +356,7 @@ def _basin_hopping(problem):
 
   # At Coulomb's energy in three dimensions 0.02.
   walk = functools.partial(
-    basin_hopping,
+    basin_hopping.basin_hopping,
     temperature=0.04 * problem.push / problem.num_points,
     exponent=problem.exponent,
   )

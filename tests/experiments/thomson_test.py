@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import sys
 import types
 from unittest import mock
 
@@ -17,6 +16,7 @@ from emc2.experiments import (
   thomson_figure,
   thomson_methods,
 )
+from emc2.sphere import basin_hopping, configurations, minimize
 
 ICOSAHEDRON = 49.165253057629
 SMALL = dict(n=6, restarts=2, num_steps=20, optimizers='gradient_descent')
@@ -305,9 +305,8 @@ class MethodsTest(parameterized.TestCase):
     def fake_propose(key, points, **_):
       return points[::-1], jnp.int32(0)
 
-    basin_hopping = sys.modules['emc2.sphere.basin_hopping']
     with (
-      mock.patch.object(thomson_methods, 'minimize', fake_minimize),
+      mock.patch.object(minimize, 'minimize', fake_minimize),
       mock.patch.object(basin_hopping, 'propose', fake_propose),
     ):
       method = thomson_methods.METHODS['basin_hopping'](_problem(hops=1))
@@ -326,7 +325,7 @@ class MethodsTest(parameterized.TestCase):
 
 class FigureTest(parameterized.TestCase):
   def test_cells_are_counted_by_their_neighbours(self):
-    points = thomson.sphere.configurations.icosahedron()
+    points = configurations.icosahedron()
     degrees = np.array([5] * 10 + [7, 4])
     curves = {'a': (np.array([0.1, 0.2]), np.array([2.0, 1.0]))}
     drawn = thomson_figure.draw(
