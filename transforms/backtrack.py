@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from emc2.sphere import manifold
 from emc2.transforms import rows
 
 
@@ -222,14 +223,14 @@ def _slope(map, state, gradient):
 
   def leaf(x, d, g):
     x, d, g = (array.astype(t.dtype) for array in (x, d, g))
-    square = rows.inner(d, d)
+    square = manifold.inner(d, d)
     if map == 'retraction':
       # Of the velocity, what the curve's bend adds is across the gradient.
-      speed = rows.inner(g, d) / jnp.sqrt(1 + t * t * square)
+      speed = manifold.inner(g, d) / jnp.sqrt(1 + t * t * square)
     else:
       rate = jnp.sqrt(square)
-      speed = rows.inner(g, d) * jnp.cos(t * rate)
-      speed -= rows.inner(g, x) * rate * jnp.sin(t * rate)
+      speed = manifold.inner(g, d) * jnp.cos(t * rate)
+      speed -= manifold.inner(g, x) * rate * jnp.sin(t * rate)
     return jnp.sum(speed)
 
   slopes = jax.tree.map(leaf, state.params, state.direction, gradient)
@@ -242,7 +243,7 @@ def _shorten(direction, bound):
   largest = lambda arrays: functools.reduce(jnp.maximum, map(jnp.max, arrays))
   # Squares of a huge gradient would overflow.
   unit = jnp.maximum(largest(jnp.abs(leaf) for leaf in leaves), bound)
-  squares = largest(rows.inner(leaf / unit, leaf / unit) for leaf in leaves)
+  squares = largest(manifold.inner(leaf / unit, leaf / unit) for leaf in leaves)
   longest = unit * jnp.sqrt(squares)
   factor = jnp.where(longest > bound, bound / longest, 1)
   return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, direction)

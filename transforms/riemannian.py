@@ -372,7 +372,7 @@ def _push_gradient(
   map: str, points: jax.Array, vectors: jax.Array, gradient: jax.Array
 ) -> jax.Array:
   """Takes the gradient of `_on_sphere` to that of the objective, tangent."""
-  square = rows.inner(vectors, vectors)
+  square = manifold.inner(vectors, vectors)
   if map == 'retraction':
     return gradient * jnp.sqrt(1 + square)
   # Along a geodesic lengths stay, across it they shrink by sin(r) / r.
@@ -380,6 +380,6 @@ def _push_gradient(
   safe = jnp.where(is_zero, 1, square)
   sinc = jnp.where(is_zero, 1, jnp.sin(jnp.sqrt(safe)) / jnp.sqrt(safe))
   cosine = jnp.where(is_zero, 1, jnp.cos(jnp.sqrt(safe)))
-  along = rows.inner(gradient, vectors) / safe
+  along = manifold.inner(gradient, vectors) / safe
   across = (gradient - along * vectors) / sinc
   return across + along * (cosine * vectors - sinc * square * points)

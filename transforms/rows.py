@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -35,15 +34,6 @@ def wide_dtype(*leaves: jax.Array) -> np.dtype:
   """The least dtype that holds the leaves, and at least float32."""
   dtypes = [leaf.dtype for leaf in leaves]
   return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
-
-
-def inner(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Multiplies each row with its like, (..., k) to (..., 1)."""
-  products = a * b
-  if products.shape[-1] > 8:
-    return jnp.sum(products, axis=-1, keepdims=True)
-  # On a CPU a reduction over so few numbers takes about six times as long.
-  return functools.reduce(jnp.add, jnp.split(products, products.shape[-1], -1))
 
 
 def project(params: optax.Params, vectors: optax.Updates) -> optax.Updates:

@@ -27,6 +27,12 @@ def energy(
   Value and gradient come from one pass over the pairs in O(n) memory;
   derivatives of any order are defined.
 
+  .. note::
+    In float64 the value that comes with a gradient is
+    :math:`-\frac1s \sum_i \langle x_i, G_i \rangle`, and inherits the rounding
+    of :func:`emc2.kernels.riesz.riesz`: 1e-15 of points spread evenly, 1e-11
+    of random points. The energy alone is the sum of the potentials, to 1e-15.
+
   Inside `jax.shard_map` each device holds n / W of the points and computes
   their rows. Over `data_axis` the points are gathered. Over `ring_axis` they
   travel: each block, or what was gathered of it, goes once round, while the
@@ -64,16 +70,26 @@ def energy(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _energy(exponent, axes, implementation, points):
-  potential, _ = _potentials(points, exponent, axes, implementation)
-  return _total(jnp.sum(potential) / 2, axes)
+  out = _potentials(points, exponent, axes, implementation)
+  return _total(jnp.sum(out.potential) / 2, axes)
 
 
 @_energy.defjvp
 def _energy_jvp(exponent, axes, implementation, primals, tangents):
   (points,), (tangent,) = primals, tangents
-  potential, gradient = _potentials(points, exponent, axes, implementation)
-  slope = jnp.sum(gradient * tangent)
-  return _total(jnp.sum(potential) / 2, axes), _total(slope, axes)
+  out = _potentials(points, exponent, axes, implementation)
+  value = _own_share(points, out, exponent)
+  slope = jnp.sum(out.gradient * tangent)
+  return _total(value, axes), _total(slope, axes)
+
+
+def _own_share(points, out, exponent):
+  """This device's part of the energy, where its gradient is there too."""
+  if exponent > 0 and points.dtype == jnp.float64:
+    # By Euler, as the energy is homogeneous: on a CPU potentials would take a
+    # quarter of the time.
+    return -jnp.sum(points * out.gradient) * (1 / exponent)
+  return jnp.sum(out.potential) / 2
 
 
 def _total(part, axes):

@@ -86,13 +86,13 @@ def minimize(
     level = new.energy <= old.energy + slack
     return lower | (level & (new.gradient_norm < old.gradient_norm))
 
-  def init(points):
+  def begin(points):
     far = jnp.full_like(points, jnp.finfo(points.dtype).max, shape=())
     status = jnp.full([], EXHAUSTED, jnp.int32)
     best = Minimum(points, far, far, jnp.zeros([], jnp.int32), status)
     return points, optimizer.init(points), best
 
-  def step(points, state, best):
+  def advance(points, state, best):
     value, gradient = jax.value_and_grad(energy_fn)(points)
     gradient = manifold.project(points, gradient)
     norm = jnp.linalg.norm(gradient)
@@ -120,9 +120,9 @@ def minimize(
     return jnp.any((best.status == EXHAUSTED) & in_time)
 
   if not batch:
-    body = lambda carry: step(*carry)
-    return jax.lax.while_loop(goes_on, body, init(points))[-1]
-  body = lambda carry: jax.vmap(step)(*carry)
-  carry = jax.vmap(init)(points.reshape(-1, n, k))
+    body = lambda carry: advance(*carry)
+    return jax.lax.while_loop(goes_on, body, begin(points))[-1]
+  body = lambda carry: jax.vmap(advance)(*carry)
+  carry = jax.vmap(begin)(points.reshape(-1, n, k))
   *_, best = jax.lax.while_loop(goes_on, body, carry)
   return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), best)

@@ -63,8 +63,8 @@ def _rsqrt(x):
   """`x ** -0.5`; in float64 by multiplications alone.
 
   A square root and a division would wait for one slow unit. Half the bits
-  taken from a constant leave 3 % of error, and a step of fourth order takes an
-  error `e` to `35/8 e^4`.
+  taken from a constant leave an error `e` of 3 %; a step of fourth order takes
+  it to `35/8 e^4`, and one of third order then to `5/2 e^3`, the rounding.
   """
   if x.dtype != jnp.float64:
     return jax.lax.rsqrt(x)
@@ -73,10 +73,10 @@ def _rsqrt(x):
   y = jax.lax.bitcast_convert_type(
     jnp.uint64(0x5FE6EB50C7B537A9) - half, jnp.float64
   )
-  for _ in range(2):
-    h = 1 - x * y * y
-    y = y + y * h * (0.5 + h * (0.375 + h * 0.3125))
-  return y
+  h = 1 - x * y * y
+  y = y + y * h * (0.5 + h * (0.375 + h * 0.3125))
+  h = 1 - x * y * y
+  return y + y * h * (0.5 + h * 0.375)
 
 
 def _differences(x, y):
@@ -106,7 +106,8 @@ def _meet(x, y, exponent, *, x_real=None, y_real=None, same=False):
     same: whether x and y are the same points.
 
   Returns:
-    Potentials and gradients, for x (g, 1 + k, m) and for y (g, 1 + k, l).
+    Potential (g, m) and gradient (g, k, m) for x, and the same for y. Apart, so
+    that a caller who wants one of them does not pay for the other.
   """
   r2 = _squared_distances(x, y)
   if same:
@@ -130,18 +131,18 @@ def _meet(x, y, exponent, *, x_real=None, y_real=None, same=False):
   p = potential(r2, w, exponent)
   if exponent == 0 and real is not None:
     p *= real
-  for_x, for_y = [jnp.sum(p, axis=2)], [jnp.sum(p, axis=1)]
+  potentials = jnp.sum(p, axis=2), jnp.sum(p, axis=1)
   if x.dtype == jnp.float64 or x.shape[1] > _MAX_DIFFERENCE_DIM:
     basis = lambda z: jnp.concatenate([jnp.ones_like(z[:, :1]), z], axis=1)
-    of_x = jnp.swapaxes(_dot('gml,glq->gmq', w, _rows(basis(y))), 1, 2)
+    of_x = _rows(_dot('gml,glq->gmq', w, _rows(basis(y))))
     of_y = _dot('gqm,gml->gql', basis(x), w)
-    for_x = for_x[0][:, None], of_x[:, 1:] - x * of_x[:, :1]
-    for_y = for_y[0][:, None], of_y[:, 1:] - y * of_y[:, :1]
-    return jnp.concatenate(for_x, axis=1), jnp.concatenate(for_y, axis=1)
-  for d in _differences(x, y):
-    for_x.append(-jnp.sum(w * d, axis=2))
-    for_y.append(jnp.sum(w * d, axis=1))
-  return jnp.stack(for_x, axis=1), jnp.stack(for_y, axis=1)
+    for_x = of_x[:, 1:] - x * of_x[:, :1]
+    for_y = of_y[:, 1:] - y * of_y[:, :1]
+  else:
+    forces = [w * d for d in _differences(x, y)]
+    for_x = -jnp.stack([jnp.sum(f, axis=2) for f in forces], axis=1)
+    for_y = jnp.stack([jnp.sum(f, axis=1) for f in forces], axis=1)
+  return (potentials[0], for_x), (potentials[1], for_y)
 
 
 def _rows(x):
@@ -172,8 +173,17 @@ def _at(x, i):
   return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
-def _add_at(x, i, value):
-  return jax.lax.dynamic_update_index_in_dim(x, _at(x, i) + value, i, axis=0)
+def _add_at(total, i, part):
+  """Adds to row i of each array."""
+  add = jax.lax.dynamic_update_index_in_dim
+  return jax.tree.map(lambda x, y: add(x, _at(x, i) + y, i, 0), total, part)
+
+
+def _nothing(tiles):
+  """Potentials and gradients of 0 for tiles (count, g, k, size)."""
+  count, g, _, size = tiles.shape
+  zeros = jnp.zeros_like(tiles, shape=(count, g, size))
+  return zeros, jnp.zeros_like(tiles)
 
 
 def _to_tiles(x, size, outside):
@@ -195,10 +205,13 @@ def _to_tiles(x, size, outside):
   return x.reshape(g, count, size, k).transpose(1, 0, 3, 2), real
 
 
-def _from_tiles(tiles, n):
-  """(count, g, q, size) -> (g, q, n)."""
-  count, g, q, size = tiles.shape
-  return tiles.transpose(1, 2, 0, 3).reshape(g, q, count * size)[:, :, :n]
+def _from_tiles(total, n):
+  """Potential (g, n) and gradient (g, n, k) of the points in the tiles."""
+  potential, gradient = total
+  count, g, k, size = gradient.shape
+  potential = jnp.swapaxes(potential, 0, 1).reshape(g, count * size)
+  gradient = gradient.transpose(1, 0, 3, 2).reshape(g, count * size, k)
+  return potential[:, :n], gradient[:, :n]
 
 
 def _outside(x):
@@ -219,7 +232,7 @@ def _tile_size(n, num):
 
 
 def _among(x, size, exponent):
-  """(g, n, k) -> (g, 1 + k, n), from each pair of distinct points."""
+  """Potential (g, n) and gradient (g, n, k) of x (g, n, k) by itself."""
   n = x.shape[1]
   x, real = _to_tiles(x, size, _outside(x))
   count = x.shape[0]
@@ -241,17 +254,17 @@ def _among(x, size, exponent):
     return _add_at(_add_at(total, i, for_i), j, for_j)
 
   if count == 1:
-    return _meet(x[0], x[0], exponent, same=True)[0]
+    value, gradient = _meet(x[0], x[0], exponent, same=True)[0]
+    return value, _rows(gradient)
   take = lambda i: jax.tree.map(lambda z: _at(z, i), (x, real))
-  total = jnp.zeros_like(x, shape=(count, x.shape[1], 1 + x.shape[2], size))
-  total = _fold(count, take, own, total)
+  total = _fold(count, take, own, _nothing(x))
   take_both = lambda p: tuple(take(i) for i in both(p))
   num_pairs = count * (count - 1) // 2
   return _from_tiles(_fold(num_pairs, take_both, pair, total), n)
 
 
 def _between(x, y, size, y_size, exponent):
-  """(g, n, k), (g, m, k) -> (g, 1 + k, n), from all pairs."""
+  """Potential (g, n) and gradient (g, n, k) of x by y (g, m, k)."""
   n = x.shape[1]
   outside = jnp.maximum(_outside(x), _outside(y))
   x, x_real = _to_tiles(x, size, outside)
@@ -270,9 +283,8 @@ def _between(x, y, size, y_size, exponent):
       jax.tree.map(at(i % count), (y, y_real)),
     )
 
-  shape = (*x.shape[:2], 1 + x.shape[2], x.shape[3])
-  total = jnp.zeros_like(x, shape=shape)
-  return _from_tiles(_fold(x.shape[0] * count, take, pair, total), n)
+  num_pairs = x.shape[0] * count
+  return _from_tiles(_fold(num_pairs, take, pair, _nothing(x)), n)
 
 
 def forward(rows, columns, exponent):
@@ -296,13 +308,14 @@ def forward(rows, columns, exponent):
   def group(sets):
     sets = [z.astype(working) for z in sets]
     meet = _among if columns is None else _between
-    return meet(*sets, *sizes, exponent).astype(rows.dtype)
+    return jax.tree.map(
+      lambda z: z.astype(rows.dtype), meet(*sets, *sizes, exponent)
+    )
 
   together = max(1, _TILE_ENTRIES // (sizes[0] * sizes[-1]))
   sets = [z.reshape(num, *z.shape[-2:]) for z in sets]
-  sums = _in_groups(group, sets, min(num, together))
-  value = sums[:, 0].reshape(*batch, n)
-  return value, _rows(sums[:, 1:]).reshape(*batch, n, k)
+  value, gradient = _in_groups(group, sets, min(num, together))
+  return value.reshape(*batch, n), gradient.reshape(*batch, n, k)
 
 
 def _in_groups(fn, sets, size):
@@ -315,7 +328,7 @@ def _in_groups(fn, sets, size):
   # The last group is filled up with sets that are in it already.
   index = jnp.minimum(jnp.arange(count * size), num - 1).reshape(count, size)
   out = jax.lax.map(lambda i: fn([z[i] for z in sets]), index)
-  return out.reshape(-1, *out.shape[2:])[:num]
+  return jax.tree.map(lambda z: z.reshape(-1, *z.shape[2:])[:num], out)
 
 
 def tangent(rows, columns, d_rows, d_columns, exponent):
