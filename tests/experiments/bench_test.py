@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import contrastive
@@ -302,6 +303,7 @@ class ContrastiveTest(parameterized.TestCase):
     call()
     call()
 
+  @pytest.mark.slow
   @parameterized.parameters(
     {'method': 'simclr', 'num_views': None},
     {'method': 'emc2', 'num_views': None, 'capacity': 1},

@@ -8,6 +8,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2.experiments import (
@@ -59,6 +60,7 @@ class ThomsonTest(parameterized.TestCase):
     config = thomson.Config(**(SMALL | settings))
     return runner.start(config, thomson.run, self.folder / folder)
 
+  @pytest.mark.slow
   def test_every_optimizer_comes_close_to_the_icosahedron(self):
     results = self._run(n=12, optimizers='all', num_steps=160, hops=2)
     self.assertEqual(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import algorithm, sphere
@@ -145,6 +146,7 @@ class WalkTest(parameterized.TestCase):
     self.assertFalse(infos.accepted[jnp.isnan(infos.loss)].any())
     self.assertFalse(jnp.isnan(state.energy))
 
+  @pytest.mark.slow
   def test_vmapped_walks_find_the_minimum(self):
     """From poor minima of 16 points, of which 1 start in 4 ends higher."""
     # Optax counts the pairs of L-BFGS in both widths of integers.

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
@@ -159,6 +160,7 @@ class ShardedTest(Float64TestCase):
     for value in (got[0], want[0]):
       np.testing.assert_allclose(value, one(x), rtol=1e-9)
 
+  @pytest.mark.slow
   def test_curvature_of_8_devices_equals_1(self):
     x, v = draw(32), draw(32, seed=1)
     curve = lambda fn: jax.jvp(jax.grad(fn), (x,), (v,))[1]
