@@ -303,11 +303,11 @@ class ContrastiveTest(parameterized.TestCase):
     call()
     call()
 
-  @pytest.mark.slow
   @parameterized.parameters(
     {'method': 'simclr', 'num_views': None},
     {'method': 'emc2', 'num_views': None, 'capacity': 1},
   )
+  @pytest.mark.slow
   def test_steps_run(self, **settings):
     sizes = dict(batch_size=2, image_size=4, num_samples=8, size=8)
     with jax.numpy_dtype_promotion('standard'):  # optax.adam asks for it.
