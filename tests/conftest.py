@@ -15,6 +15,11 @@ for _name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'PJRT_NPROC'):
   os.environ.setdefault(_name, '1')
 
 _platform = os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+if _platform == 'cpu':
+  # Most programs here run once, and compile in a third less time so.
+  os.environ['XLA_FLAGS'] = ' '.join(
+    [os.environ.get('XLA_FLAGS', ''), '--xla_backend_optimization_level=0']
+  )
 jax.config.update('jax_platforms', _platform)
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
