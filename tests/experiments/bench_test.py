@@ -283,6 +283,7 @@ class HarnessTest(parameterized.TestCase):
     self.assertIn('contrastve', done.stdout + done.stderr)
 
 
+@pytest.mark.slow
 class ContrastiveTest(parameterized.TestCase):
   def test_cases_have_names_of_their_own_and_smoke_is_a_part(self):
     for smoke in (False, True):
@@ -307,7 +308,6 @@ class ContrastiveTest(parameterized.TestCase):
     {'method': 'simclr', 'num_views': None},
     {'method': 'emc2', 'num_views': None, 'capacity': 1},
   )
-  @pytest.mark.slow
   def test_steps_run(self, **settings):
     sizes = dict(batch_size=2, image_size=4, num_samples=8, size=8)
     with jax.numpy_dtype_promotion('standard'):  # optax.adam asks for it.
