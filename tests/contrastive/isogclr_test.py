@@ -140,7 +140,8 @@ class IsogclrTest(parameterized.TestCase):
       for want, got in zip(
         *[jax.tree.leaves(out[:3]) for out in outs], strict=True
       ):
-        np.testing.assert_array_equal(got, want)
+        # Two programs: the compiler may round each in its own way.
+        np.testing.assert_allclose(got, want, rtol=1e-6)
       self.assertLess(common.relative_error(outs[1][3], outs[0][3]), 1e-6)
     np.testing.assert_array_equal(memories[1].temperature, np.float32(0.2))
 
