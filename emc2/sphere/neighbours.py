@@ -30,8 +30,8 @@ def nearest_distances(points: jax.typing.ArrayLike) -> jax.Array:
     ValueError: If the shape is another.
 
   Examples:
-    >>> nearest_distances(jnp.array([[0.0, 1.0], [0.0, -1.0], [0.8, -0.6]])).round(4)
-    Array([1.7889, 0.8944, 0.8944], dtype=float32)
+    >>> nearest_distances(jnp.array([[0.0, 0.0], [3.0, 0.0], [3.0, 4.0]]))
+    Array([3., 3., 4.], dtype=float32)
   """
   points = jnp.asarray(points)
   if points.ndim != 2 or points.shape[0] < 2:
