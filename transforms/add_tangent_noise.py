@@ -69,7 +69,10 @@ def add_tangent_noise(
 
   def init_fn(params):
     del params
-    return AddTangentNoiseState(count=jnp.zeros([], jnp.int32), key=key)
+    # A copy of the key, for the state may be donated.
+    return AddTangentNoiseState(
+      count=jnp.zeros([], jnp.int32), key=jnp.copy(key)
+    )
 
   def update_fn(updates, state, params=None, **extra_args):
     del extra_args

@@ -35,7 +35,7 @@ def backtrack(
   slope_rtol: jax.typing.ArrayLike = 1e-4,
   value_rtol: jax.typing.ArrayLike = 1e-6,
   shrink: jax.typing.ArrayLike = 0.4,
-  max_shrinks: int = 20,
+  max_shrinks: jax.typing.ArrayLike = 20,
   map: str = 'retraction',
 ) -> optax.GradientTransformationExtraArgs:
   r"""Searches on spheres along an optimiser's moves, one evaluation at a time.
@@ -121,7 +121,7 @@ def backtrack(
   _check_range(shrink, 0, 1, 'shrink')
   if not isinstance(value_rtol, jax.core.Tracer) and not value_rtol >= 0:
     raise ValueError(f'value_rtol must be at least 0, got {value_rtol}.')
-  if max_shrinks < 1:
+  if not isinstance(max_shrinks, jax.core.Tracer) and not max_shrinks >= 1:
     raise ValueError(f'max_shrinks must be at least 1, got {max_shrinks}.')
   inner = optax.with_extra_args_support(inner)
 
@@ -214,7 +214,9 @@ def _check_range(value, low, high, name):
 
 def _dot(a, b, dtype):
   """Multiplies two trees, in the dtype of the scalars."""
-  return optax.tree.vdot(optax.tree.cast(a, dtype), optax.tree.cast(b, dtype))
+  # Not by `vdot`, which is ambiguous where axes of a mesh are explicit.
+  product = lambda x, y: jnp.sum(x.astype(dtype) * y.astype(dtype))
+  return optax.tree.sum(jax.tree.map(product, a, b))
 
 
 def _slope(map, state, gradient):

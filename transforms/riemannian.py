@@ -255,6 +255,12 @@ def search_on_sphere(
   rows.check_map(map)
   line_search = optax.with_extra_args_support(line_search)
 
+  def init_fn(params):
+    # The counters of optax are weakly typed here and strongly afterwards, for
+    # which a second update would compile anew.
+    strong = lambda leaf: leaf.astype(leaf.dtype)
+    return jax.tree.map(strong, line_search.init(params))
+
   def update_fn(updates, state, params=None, *, value_fn, **extra_args):
     rows.check_params(params, 'search_on_sphere')
     # Line searches read from the signature what to hand on to the objective.
@@ -270,7 +276,7 @@ def search_on_sphere(
       )
     return moves, state
 
-  return optax.GradientTransformationExtraArgs(line_search.init, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def riemannian(

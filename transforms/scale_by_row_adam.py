@@ -61,18 +61,17 @@ def scale_by_row_adam(
   """
 
   def init_fn(params):
-    row = lambda p: jnp.zeros_like(p[..., :1])
+    mu = optax.tree.zeros_like(params)
     return ScaleByRowAdamState(
       count=jnp.zeros([], jnp.int32),
-      mu=optax.tree.zeros_like(params),
-      nu=jax.tree.map(row, params),
+      mu=mu,
+      # As an update makes them: a slice of a sharded axis is refused.
+      nu=jax.tree.map(_row_means, mu),
     )
 
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
-    squares = jax.tree.map(
-      lambda g: jnp.mean(jnp.square(g), axis=-1, keepdims=True), updates
-    )
+    squares = jax.tree.map(lambda g: _row_means(jnp.square(g)), updates)
     mu = optax.tree.update_moment(updates, state.mu, b1, 1)
     nu = optax.tree.update_moment(squares, state.nu, b2, 1)
     count = optax.safe_increment(state.count)
@@ -91,3 +90,8 @@ def scale_by_row_adam(
     return scaled, state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _row_means(leaf: jax.Array) -> jax.Array:
+  """Means along the last axis, which stays."""
+  return jnp.mean(leaf, axis=-1, keepdims=True)

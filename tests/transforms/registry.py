@@ -1,0 +1,262 @@
+"""Every transform, one row each: what a case needs that tries it on something.
+
+A new transform joins with one row; the battery asks the same of all. Some of
+optax's own stand among them, since a question that they fail is a bad one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from emc2 import transforms
+
+DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
+AXIS_TYPES = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit)
+
+_TANGENT_STEP = optax.chain(transforms.project_tangent(), optax.scale(-0.015))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+  """A transform and how it is used."""
+
+  name: str
+
+  make: Callable[..., optax.GradientTransformation]
+  """The transform as users call it."""
+
+  options: Mapping[str, Any]
+  """What they call it with."""
+
+  changes: Mapping[str, float]
+  """Each number that `optax.inject_hyperparams` makes a part of the state, and
+  another value of it, which gives other updates within three steps."""
+
+  solves: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  """What to change in the options so that the four targets are reached."""
+
+  static: tuple[str, ...] = ()
+  """What `optax.inject_hyperparams` must be told is no number."""
+
+  needs: tuple[str, ...] = ()
+  """Which of `params`, `value`, `grad` and `value_fn` an update must have."""
+
+  before: optax.GradientTransformation = optax.identity()
+  """What in use comes before a transform that is no whole optimiser."""
+
+  after: optax.GradientTransformation = optax.identity()
+  """What in use comes after it. Both are stateless."""
+
+  min_ndim: int = 0
+  """The fewest axes of a leaf of its params."""
+
+  unit_rows: bool = False
+  """Whether params are unit rows along the last axis, which stays whole."""
+
+  dtypes: tuple[Any, ...] = DTYPES
+  """Of the params."""
+
+  axis_types: tuple[jax.sharding.AxisType, ...] = AXIS_TYPES
+  """Of the meshes on which params may lie."""
+
+  starts_from_shapes: bool = True
+  """Whether `init` takes `jax.ShapeDtypeStruct`s as they are."""
+
+  def transform(self, **changes: Any) -> optax.GradientTransformation:
+    """The transform, with some options changed."""
+    return self.make(**{**self.options, **changes})
+
+  def params(self, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    """Params of the shapes that it serves."""
+    rng = np.random.default_rng(0)
+    params = {}
+    for name, shape in (('matrix', (8, 4)), ('scalar', ()), ('vector', (4,))):
+      draw = rng.normal(size=shape)
+      if len(shape) >= self.min_ndim:
+        norm = np.linalg.norm(draw, axis=-1, keepdims=True) if shape else 1
+        params[name] = jnp.asarray(
+          draw / norm if self.unit_rows else draw, dtype
+        )
+    return params
+
+  def specs(self) -> dict[str, jax.sharding.PartitionSpec]:
+    """How the params lie on a mesh with the axes `fsdp` and `tensor`."""
+    specs = {
+      'matrix': jax.P('fsdp', None if self.unit_rows else 'tensor'),
+      'scalar': jax.P(),
+      'vector': jax.P() if self.unit_rows else jax.P('tensor'),
+    }
+    return {name: specs[name] for name in self.params()}
+
+
+def _mixing_dtypes(
+  make: Callable[..., optax.GradientTransformation],
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+  """Lets a transform of optax promote dtypes, which ours need not."""
+
+  @functools.wraps(make)
+  def made(*args, **kwargs):
+    tx = make(*args, **kwargs)
+
+    @jax.numpy_dtype_promotion('standard')
+    def update_fn(updates, state, params=None, **extra_args):
+      return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+  return made
+
+
+ROWS = (
+  Row(
+    'adam',
+    _mixing_dtypes(optax.adam),
+    options={'learning_rate': 0.1},
+    changes={
+      'learning_rate': 0.2,
+      'b1': 0.5,
+      'b2': 0.5,
+      'eps': 0.5,
+      'eps_root': 0.5,
+    },
+  ),
+  Row(
+    'lars',
+    transforms.lars,
+    options={'learning_rate': 0.1, 'weight_decay': 0.1},
+    changes={
+      'learning_rate': 0.2,
+      'weight_decay': 1.0,
+      'trust_coefficient': 0.01,
+      'momentum': 0.5,
+    },
+    solves={
+      'learning_rate': optax.linear_schedule(0.02, 0.0, 1000),
+      'weight_decay': 0.0,
+      'trust_coefficient': 1.0,
+    },
+    needs=('params',),
+  ),
+  Row(
+    'scale_by_row_adam',
+    transforms.scale_by_row_adam,
+    options={},
+    changes={'b1': 0.5, 'b2': 0.5, 'eps': 0.5, 'eps_root': 0.5},
+    after=optax.scale(-0.1),
+    min_ndim=1,
+  ),
+  Row(
+    'add_tangent_noise',
+    transforms.add_tangent_noise,
+    options={
+      'key': jax.random.key(0),
+      'step_size': 0.015,
+      'temperature': 0.5,
+    },
+    changes={'step_size': 0.1, 'temperature': 0.1},
+    solves={'temperature': optax.linear_schedule(0.1, 0.0, 500)},
+    static=('key',),
+    needs=('params',),
+    before=_TANGENT_STEP,
+    after=transforms.retract(),
+    min_ndim=1,
+    unit_rows=True,
+  ),
+  Row(
+    'project_tangent',
+    transforms.project_tangent,
+    options={},
+    changes={},
+    needs=('params',),
+    after=optax.chain(optax.scale(-0.015), transforms.retract()),
+    min_ndim=1,
+    unit_rows=True,
+  ),
+  Row(
+    'cap_rows',
+    transforms.cap_rows,
+    options={'max_norm': 0.01},
+    changes={'max_norm': 0.005},
+    before=_TANGENT_STEP,
+    after=transforms.retract(),
+    min_ndim=1,
+    unit_rows=True,
+  ),
+  Row(
+    'retract',
+    transforms.retract,
+    options={},
+    changes={},
+    needs=('params',),
+    before=_TANGENT_STEP,
+    min_ndim=1,
+    unit_rows=True,
+  ),
+  Row(
+    'transport_momentum',
+    transforms.transport_momentum,
+    options={'inner': optax.sgd(0.005, momentum=0.9)},
+    changes={},
+    needs=('params',),
+    before=transforms.project_tangent(),
+    after=optax.chain(transforms.project_tangent(), transforms.retract()),
+    min_ndim=1,
+    unit_rows=True,
+  ),
+  Row(
+    'riemannian',
+    transforms.riemannian,
+    options={'inner': optax.sgd(0.005, momentum=0.9), 'max_step': 0.01},
+    changes={'max_step': 0.005},
+    needs=('params',),
+    min_ndim=1,
+    unit_rows=True,
+  ),
+  Row(
+    'search_on_sphere',
+    transforms.search_on_sphere,
+    options={'line_search': optax.scale_by_backtracking_linesearch(9)},
+    # The line searches of optax mix bfloat16 with float32, and multiply by
+    # `vdot`, which explicit axes leave without a sharding.
+    dtypes=(jnp.float32, jnp.float64),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    changes={},
+    needs=('params', 'value', 'grad', 'value_fn'),
+    before=_TANGENT_STEP,
+    after=transforms.retract(),
+    min_ndim=1,
+    unit_rows=True,
+  ),
+  Row(
+    'backtrack',
+    transforms.backtrack,
+    # Trials go too far and are refused, so that each number counts.
+    options={
+      'inner': optax.sgd(1.0, momentum=0.5),
+      'max_step': 2.0,
+      'first_step': 2.0,
+      'slope_rtol': 0.45,
+      'shrink': 0.8,
+      'map': 'exponential',
+    },
+    changes={
+      'max_step': 0.5,
+      'first_step': 0.5,
+      'slope_rtol': 1e-3,
+      'value_rtol': 10.0,
+      'shrink': 0.5,
+      'max_shrinks': 1,
+    },
+    needs=('params', 'value'),
+    min_ndim=1,
+    unit_rows=True,
+    # The first points are a part of its state.
+    starts_from_shapes=False,
+  ),
+)
