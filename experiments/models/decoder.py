@@ -112,7 +112,7 @@ PRESETS = {
     vocab_size=100,
     width=64,
     num_layers=2,
-    num_heads=4,
+    num_heads=2,
     mlp_width=176,
   ),
   'gpt2_small': Config(
@@ -184,12 +184,20 @@ class Decoder(nnx.Module):
       self.head = draw(leaves['head'])
     self.config = config
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
+  def __call__(
+    self,
+    tokens: jax.Array,
+    *,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+    sequence_parallel: bool = False,
+  ) -> jax.Array:
     """Maps tokens to logits of their successors.
 
     Args:
       tokens: (batch, length) integers in [0, vocab_size); one outside of it
         makes the logits of its row NaN.
+      mesh: As in `split`.
+      sequence_parallel: As in `split`.
 
     Returns:
       (batch, length, vocab_size), float32.
@@ -208,23 +216,26 @@ class Decoder(nnx.Module):
     tables = rotary_tables(
       tokens.shape[1], config.head_size, base=config.rope_base
     )
-    layer = functools.partial(_apply_layer, config, tables)
+    place = _placer(config, mesh, sequence_parallel)
+    layer = functools.partial(_apply_layer, config, tables, place)
     if config.remat == 'full':
       layer = _recompute(config, layer)
     layers = {name: param[...] for name, param in self.layers.items()}
     x = jnp.take(embedding, tokens, axis=0).astype(dtype)
+    x = place(x, 'batch', 'length', None)
     x, _ = jax.lax.scan(
       lambda x, weights: (layer(x, weights), None),
       x,
       layers,
       unroll=min(config.unroll, config.num_layers),
     )
-    x = rms_norm(x, self.norm[...])
+    x = place(rms_norm(x, self.norm[...]), 'batch', None, None)
     head = embedding.T if config.tied else self.head[...]
-    return jnp.einsum('bsh,hv->bsv', x, head.astype(dtype)).astype(jnp.float32)
+    logits = jnp.einsum('bsh,hv->bsv', x, head.astype(dtype))
+    return place(logits, 'batch', None, 'vocab_size').astype(jnp.float32)
 
 
-def _apply_layer(config, tables, x, weights):
+def _apply_layer(config, tables, place, x, weights):
   """One layer: x (batch, length, width) and the weights without their axis."""
   w = {name: weight.astype(x.dtype) for name, weight in weights.items()}
   attend = functools.partial(
@@ -239,18 +250,26 @@ def _apply_layer(config, tables, x, weights):
     # The last product is inside, or it would keep what it multiplies.
     attend, project = _recompute(config, attend), _recompute(config, project)
 
-  y = rms_norm(x, w['attention_norm'])
+  y = place(rms_norm(x, w['attention_norm']), 'batch', None, None)
   if 'qkv' in w:
-    q, k, v = jnp.einsum('bsh,hcnd->cbsnd', y, w['qkv'])
+    qkv = jnp.einsum('bsh,hcnd->bscnd', y, w['qkv'])
+    q, k, v = (qkv[:, :, i] for i in range(3))
   else:
     q = jnp.einsum('bsh,hnd->bsnd', y, w['q'])
-    k, v = jnp.einsum('bsh,hcnd->cbsnd', y, w['kv'])
-  out = attend(rotate(q, *tables), rotate(k, *tables), v)
-  x = x + jnp.einsum('bsnd,ndh->bsh', out, w['out'])
+    kv = jnp.einsum('bsh,hcnd->bscnd', y, w['kv'])
+    k, v = kv[:, :, 0], kv[:, :, 1]
+  q = place(rotate(q, *tables), 'batch', None, 'num_heads', None)
+  k = place(rotate(k, *tables), 'batch', None, 'num_kv_heads', None)
+  v = place(v, 'batch', None, 'num_kv_heads', None)
+  out = place(attend(q, k, v), 'batch', None, 'num_heads', None)
+  out = jnp.einsum('bsnd,ndh->bsh', out, w['out'])
+  x = x + place(out, 'batch', 'length', None)
 
-  y = rms_norm(x, w['mlp_norm'])
-  g, u = jnp.einsum('bsh,hci->cbsi', y, w['gate_up'])
-  return x + project(g, u, w['down'])
+  y = place(rms_norm(x, w['mlp_norm']), 'batch', None, None)
+  gate_up = jnp.einsum('bsh,hci->bsci', y, w['gate_up'])
+  g, u = (place(gate_up[:, :, i], 'batch', None, 'mlp_width') for i in range(2))
+  out = project(g, u, w['down'])
+  return x + place(out, 'batch', 'length', None)
 
 
 def _recompute(config, function):
@@ -384,13 +403,26 @@ class PureDecoder(NamedTuple):
   apply_fn: Callable[[Any, jax.Array], jax.Array]
 
 
-def split(model: Decoder) -> PureDecoder:
+def split(
+  model: Decoder,
+  *,
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+  sequence_parallel: bool = False,
+) -> PureDecoder:
   """Splits a decoder, once, into its parameters and a pure function.
 
-  The function may be jitted, differentiated and mapped like any other.
+  The function may be jitted, differentiated and mapped like any other. With
+  parameters that lie as `shardings` says it wants the mesh: left alone, XLA
+  would split the residual stream as they are, and sum it over all devices,
+  where it should gather the weights of one layer at a time.
 
   Args:
     model: Its parameters may be abstract: those of `nnx.eval_shape`.
+    mesh: Over whose axes `mesh.DATA` and `mesh.FSDP` the batch is split, and
+      over `mesh.TENSOR` heads, the gated layer and the logits; None leaves
+      all to XLA.
+    sequence_parallel: Whether `mesh.TENSOR` splits the residual stream too,
+      over positions; their number must be a multiple of the axis.
 
   Returns:
     The parameters and the function.
@@ -404,7 +436,8 @@ def split(model: Decoder) -> PureDecoder:
   graphdef, state = nnx.split(model)
 
   def apply_fn(params, tokens):
-    return nnx.merge(graphdef, params)(tokens)
+    model = nnx.merge(graphdef, params)
+    return model(tokens, mesh=mesh, sequence_parallel=sequence_parallel)
 
   return PureDecoder(nnx.to_pure_dict(state), apply_fn)
 
@@ -455,30 +488,52 @@ def shardings(
     >>> shardings(PRESETS['llama_7b'], mesh)['layers']['down']
     PartitionSpec(None, 'tensor', 'fsdp')
   """
-  sizes = dict(mesh.shape)
-  names = ('vocab_size', 'num_heads', 'num_kv_heads', 'mlp_width')
-  axes = dict.fromkeys(names, mesh_lib.TENSOR)
-  num_parts, num_kv_heads = sizes.get(mesh_lib.TENSOR, 1), config.kv_heads
-  if num_parts > num_kv_heads and num_parts % num_kv_heads == 0:
-    axes['num_kv_heads'] = None
-  if fsdp:
+  axes = _tensor_axes(config, mesh)
+  if fsdp and mesh_lib.FSDP in mesh.shape:
     axes['width'] = mesh_lib.FSDP
 
   def place(leaf):
-    spec = []
     for size, name in zip(leaf.shape, leaf.axes, strict=True):
       axis = axes.get(name)
-      axis = axis if axis in sizes else None
-      if axis is not None and size % sizes[axis]:
+      if axis is not None and size % mesh.shape[axis]:
         raise ValueError(
-          f'{name} must be a multiple of mesh axis {axis!r}, {sizes[axis]}, '
-          f'got {size}.'
+          f'{name} must be a multiple of mesh axis {axis!r}, '
+          f'{mesh.shape[axis]}, got {size}.'
         )
-      spec.append(axis)
-    return jax.sharding.PartitionSpec(*spec)
+    return jax.sharding.PartitionSpec(*map(axes.get, leaf.axes))
 
   is_leaf = lambda x: isinstance(x, _Leaf)
   return jax.tree.map(place, _leaves(config), is_leaf=is_leaf)
+
+
+def _tensor_axes(config, mesh):
+  """The axis, or None, for each size that may lie over the tensor axis."""
+  names = ('vocab_size', 'num_heads', 'num_kv_heads', 'mlp_width')
+  size = mesh.shape.get(mesh_lib.TENSOR)
+  if size is None:
+    return dict.fromkeys(names)
+  axes = dict.fromkeys(names, mesh_lib.TENSOR)
+  if size > config.kv_heads and size % config.kv_heads == 0:
+    axes['num_kv_heads'] = None
+  return axes
+
+
+def _placer(config, mesh, sequence_parallel):
+  """Makes `(x, *names of its axes) -> x`, where it should lie."""
+  if mesh is None:
+    return lambda x, *names: x
+  axes = _tensor_axes(config, mesh)
+  rows = (mesh_lib.DATA, mesh_lib.FSDP)
+  axes['batch'] = tuple(axis for axis in rows if axis in mesh.shape) or None
+  if sequence_parallel and mesh_lib.TENSOR in mesh.shape:
+    axes['length'] = mesh_lib.TENSOR
+
+  def place(x, *names):
+    spec = jax.sharding.PartitionSpec(*map(axes.get, names))
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  return place
 
 
 class _Leaf(NamedTuple):
