@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl.testing import parameterized
-from flax import nnx
 
 from emc2 import mesh as mesh_lib
 from emc2 import transforms
@@ -332,82 +331,8 @@ class BacktrackTest(parameterized.TestCase):
       transforms.backtrack(_lbfgs(), **{'max_step': 1.0, **options})
 
 
-class ContractTest(parameterized.TestCase):
-  def _setting(self, dtype=np.float32):
-    points = {
-      'a': jnp.asarray(coulomb.uniform(0, 4, 3), dtype),
-      'b': jnp.asarray(coulomb.uniform(1, 2, 2, 5), dtype),
-    }
-    grads = jax.tree.map(lambda x: jnp.roll(x, 1, axis=-1), points)
-    # One that compiles fast and does descend.
-    inner = optax.sgd(0.1, momentum=0.9)
-    return transforms.backtrack(inner, max_step=0.4), points, grads
-
-  def test_takes_extra_args_in_a_chain(self):
-    tx, points, grads = self._setting()
-    chain = optax.chain(optax.identity(), tx)
-    want, _ = tx.update(grads, tx.init(points), points, value=1.0)
-    got, _ = chain.update(grads, chain.init(points), points, value=1.0, other=2)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-  def test_lacks_fail_by_name(self):
-    tx, points, grads = self._setting()
-    with self.assertRaisesRegex(ValueError, 'params must hold the points'):
-      tx.update(grads, tx.init(points), value=1.0)
-    with self.assertRaisesRegex(TypeError, 'value'):
-      tx.update(grads, tx.init(points), points)
-
-  @parameterized.parameters(jnp.float32, jnp.bfloat16)
-  def test_keeps_types_and_compiles_once(self, dtype):
-    """And lets the caller give away the params and the state at once."""
-    tx, points, grads = self._setting(dtype)
-    step = jax.jit(tx.update, donate_argnums=(1, 2))
-    state = tx.init(points)
-    types = lambda tree: jax.tree.map(jax.typeof, tree)
-    before = types(state)
-    for value in (3.0, 2.0, 2.5):
-      updates, state = step(
-        grads,
-        state,
-        points,
-        value=jnp.float32(value),
-      )
-      points = jax.tree.map(jnp.copy, state.params)
-    self.assertEqual(types(state), before)
-    self.assertEqual(types(updates), types(points))
-    self.assertEqual(step._cache_size(), 1)
-
-  def test_abstract_init(self):
-    tx, points, _ = self._setting()
-    shape = lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype)
-    got = jax.eval_shape(tx.init, jax.tree.map(shape, points))
-    self.assertEqual(got, jax.tree.map(shape, tx.init(points)))
-
-  def test_injected_hyperparameters_are_traced(self):
-    make = lambda max_step: transforms.backtrack(
-      optax.sgd(1.0), max_step=max_step
-    )
-    tx = optax.inject_hyperparams(make)(max_step=0.4)
-    _, points, grads = self._setting()
-    state, step = tx.init(points), jax.jit(tx.update)
-    step(grads, state, points, value=jnp.float32(1.0))
-    state.hyperparams['max_step'] = jnp.float32(0.1)
-    got, _ = step(grads, state, points, value=jnp.float32(1.0))
-    self.assertEqual(step._cache_size(), 1)
-    want, _ = make(0.1).update(grads, make(0.1).init(points), points, value=1.0)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want
-    )
-
-  def test_masked(self):
-    tx, points, grads = self._setting()
-    tx = optax.masked(tx, {'a': True, 'b': False})
-    updates, _ = jax.jit(tx.update)(grads, tx.init(points), points, value=1.0)
-    np.testing.assert_array_equal(updates['b'], grads['b'])
-    norms = jnp.linalg.norm(points['a'] + updates['a'], axis=1)
-    np.testing.assert_allclose(norms, 1, atol=1e-6)
-
-  def test_sharded_equals_one_device(self):
+class ShardedTest(parameterized.TestCase):
+  def test_lbfgs_equals_one_device(self):
     tx = transforms.backtrack(_lbfgs(3), max_step=0.1)
     points = jnp.asarray(coulomb.uniform(0, 16, 3))
     spec = jax.sharding.PartitionSpec('data')
@@ -423,22 +348,3 @@ class ContractTest(parameterized.TestCase):
     np.testing.assert_allclose(*ends, atol=1e-5)
     self.assertEqual(ends[1].sharding.spec, spec)
     self.assertEqual(state.direction.sharding.spec, spec)
-
-  def test_flax_optimizer(self):
-    class Charges(nnx.Module):
-      def __init__(self):
-        self.points = nnx.Param(jnp.asarray(coulomb.uniform(0, 12, 3)))
-
-    model = Charges()
-    tx = transforms.backtrack(_lbfgs(5), max_step=0.2)
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer):
-      loss = lambda model: coulomb.energy(model.points[...])
-      value, grads = nnx.value_and_grad(loss)(model)
-      optimizer.update(model, grads, value=value)
-      return value
-
-    values = [step(model, optimizer) for _ in range(40)]
-    np.testing.assert_allclose(values[-1], coulomb.MINIMA[12], rtol=1e-5)

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 from absl.testing import parameterized
 
-from emc2 import mesh as mesh_lib
 from emc2 import transforms
 
 SCHEDULE = optax.linear_schedule(0.0, 2.0, 6)
@@ -150,80 +149,3 @@ class LarsTest(parameterized.TestCase):
     want = _run(optax.lars(0.3, weight_decay=0.1), params, grads)
     got = _run(transforms.lars(0.3, weight_decay=0.1), params, grads)
     _assert_near(got, want)
-
-
-class ContractTest(parameterized.TestCase):
-  def test_takes_extra_args_in_a_chain(self):
-    tx = optax.chain(optax.clip_by_global_norm(1e6), transforms.lars(0.1))
-    params = jax.tree.map(jnp.asarray, _params())
-    grads = jax.tree.map(jnp.asarray, _grads(1)[0])
-    updates, _ = tx.update(grads, tx.init(params), params, value=1.0, other=2)
-    want, _ = transforms.lars(0.1).update(
-      grads, transforms.lars(0.1).init(params), params
-    )
-    jax.tree.map(np.testing.assert_array_equal, updates, want)
-
-  def test_missing_params_fail_by_name(self):
-    tx = transforms.lars(0.1)
-    params = jax.tree.map(jnp.asarray, _params())
-    with self.assertRaisesRegex(ValueError, 'params'):
-      tx.update(params, tx.init(params))
-
-  def test_injected_hyperparameters_are_traced(self):
-    make = optax.inject_hyperparams(transforms.lars)
-    tx = make(learning_rate=0.5, weight_decay=0.1)
-    params = jax.tree.map(jnp.asarray, _params())
-    grads = jax.tree.map(jnp.asarray, _grads(1)[0])
-    state = tx.init(params)
-    step = jax.jit(tx.update)
-    first, _ = step(grads, state, params)
-    state.hyperparams['learning_rate'] = jnp.float32(1.0)
-    second, _ = step(grads, state, params)
-    self.assertEqual(step._cache_size(), 1)
-    double = jax.tree.map(lambda u: 2 * u, first)
-    _assert_near(second, double)
-
-  @parameterized.parameters(jnp.float32, jnp.bfloat16)
-  def test_keeps_types_and_compiles_once(self, dtype):
-    tx = transforms.lars(SCHEDULE, weight_decay=0.1)
-    params = jax.tree.map(lambda p: jnp.asarray(p, dtype), _params())
-    step = jax.jit(tx.update)
-    state = tx.init(params)
-    before = jax.tree.map(jax.typeof, state)
-    for grads in _grads(2):
-      grads = jax.tree.map(lambda g: jnp.asarray(g, dtype), grads)
-      updates, state = step(grads, state, params)
-    self.assertEqual(jax.tree.map(jax.typeof, state), before)
-    self.assertEqual(
-      jax.tree.map(jax.typeof, updates), jax.tree.map(jax.typeof, params)
-    )
-    self.assertEqual(step._cache_size(), 1)
-
-  def test_abstract_init(self):
-    tx = transforms.lars(SCHEDULE)
-    shape = lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype)
-    params = jax.tree.map(jnp.asarray, _params())
-    got = jax.eval_shape(tx.init, jax.tree.map(shape, params))
-    want = jax.tree.map(shape, tx.init(params))
-    self.assertEqual(got, want)
-
-  def test_sharded_equals_one_device(self):
-    rng = np.random.default_rng(2)
-    params = {'w': rng.normal(size=(16, 4)).astype(np.float32)}
-    grads = [{'w': rng.normal(size=(16, 4)).astype(np.float32)} for _ in 'abc']
-    tx = transforms.lars(SCHEDULE, weight_decay=0.1)
-    want = _run(tx, params, grads)
-    mesh = mesh_lib.make(fsdp=8)
-    spec = jax.sharding.PartitionSpec('fsdp')
-    place = lambda tree: mesh_lib.place(tree, mesh, spec)
-    placed = place(params)
-    state = tx.init(placed)
-    step = jax.jit(tx.update)
-    for g in grads:
-      updates, state = step(place(g), state, placed)
-      self.assertEqual(updates['w'].sharding.spec, spec)
-      placed = optax.apply_updates(placed, updates)
-    _assert_near(placed, want, rtol=1e-6)
-    sharded = [s for s in jax.tree.leaves(state) if s.shape == (16, 4)]
-    self.assertLen(sharded, 1)
-    self.assertEqual(sharded[0].sharding.spec, spec)

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl.testing import parameterized
-from flax import nnx
 
-from emc2 import mesh as mesh_lib
 from emc2 import transforms
 
 from tests.transforms import coulomb
@@ -17,25 +15,25 @@ from tests.transforms import coulomb
 MAPS = ('retraction', 'exponential')
 
 
-def _params(dtype=np.float32):
+def _params():
   return {
-    'one': coulomb.uniform(0, 4, dtype=dtype),
-    'many': coulomb.uniform(1, 5, 3, dtype=dtype),
-    'batch': coulomb.uniform(2, 2, 3, 5, dtype=dtype),
+    'one': coulomb.uniform(0, 4),
+    'many': coulomb.uniform(1, 5, 3),
+    'batch': coulomb.uniform(2, 2, 3, 5),
   }
 
 
-def _grads(seed=3, dtype=np.float32):
-  rng = np.random.default_rng(seed)
-  draw = lambda p: rng.normal(size=p.shape).astype(dtype)
+def _grads():
+  rng = np.random.default_rng(3)
+  draw = lambda p: rng.normal(size=p.shape).astype(np.float32)
   return jax.tree.map(draw, _params())
 
 
-def _update(tx, updates, params=None, **extra_args):
+def _update(tx, updates, params=None):
   as_arrays = lambda tree: jax.tree.map(jnp.asarray, tree)
   params = None if params is None else as_arrays(params)
   state = tx.init(as_arrays(updates) if params is None else params)
-  update = lambda *args: tx.update(*args, **extra_args)[0]
+  update = lambda *args: tx.update(*args)[0]
   return jax.jit(update)(as_arrays(updates), state, params)
 
 
@@ -533,168 +531,3 @@ class RiemannianTest(Float64TestCase):
   def test_refuses(self, max_step):
     with self.assertRaisesRegex(ValueError, 'max_step must be positive'):
       transforms.riemannian(optax.sgd(1.0), max_step=max_step)
-
-
-def _all():
-  """Each transform by name, with what its update takes beside the params."""
-  momentum = optax.sgd(0.1, momentum=0.9)
-  search = optax.scale_by_backtracking_linesearch(5)
-  objective = {
-    'value': jnp.float32(0.0),
-    'grad': jax.tree.map(jnp.asarray, _grads()),
-    'value_fn': lambda tree: sum(
-      jnp.sum(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(tree)
-    ),
-  }
-  return {
-    'project_tangent': (transforms.project_tangent(), {}),
-    'cap_rows': (transforms.cap_rows(0.1), {}),
-    'retract': (transforms.retract(), {}),
-    'transport_momentum': (transforms.transport_momentum(momentum), {}),
-    'search_on_sphere': (transforms.search_on_sphere(search), objective),
-    'riemannian': (transforms.riemannian(momentum, max_step=0.5), {}),
-  }
-
-
-def _on_spheres(tree):
-  return jax.tree.map(
-    lambda leaf: np.testing.assert_allclose(
-      np.linalg.norm(np.asarray(leaf, np.float64), axis=-1), 1, atol=1e-6
-    ),
-    tree,
-  )
-
-
-class ContractTest(parameterized.TestCase):
-  @parameterized.parameters(*set(_all()) - {'search_on_sphere'})
-  def test_takes_extra_args_in_a_chain(self, name):
-    tx, _ = _all()[name]
-    want = _update(tx, _grads(), _params())
-    chained = optax.chain(optax.identity(), tx)
-    got = _update(chained, _grads(), _params(), value=1.0, other=2)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-  @parameterized.parameters(*set(_all()) - {'cap_rows'})
-  def test_missing_params_fail_by_name(self, name):
-    tx, objective = _all()[name]
-    with self.assertRaisesRegex(ValueError, 'params must hold the points'):
-      _update(tx, _grads(), **objective)
-
-  def test_missing_objective_fails_by_name(self):
-    tx, _ = _all()['search_on_sphere']
-    with self.assertRaisesRegex(TypeError, 'value_fn'):
-      _update(tx, _grads(), _params())
-
-  @parameterized.product(
-    name=sorted(set(_all()) - {'search_on_sphere'}),
-    dtype=(jnp.float32, jnp.bfloat16),
-  )
-  def test_keeps_types_and_compiles_once(self, name, dtype):
-    tx, _ = _all()[name]
-    cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
-    params = cast(_params())
-    step, state = jax.jit(tx.update), tx.init(params)
-    before = jax.tree.map(jax.typeof, state)
-    for seed in range(2):
-      updates, state = step(cast(_grads(seed)), state, params)
-    self.assertEqual(jax.tree.map(jax.typeof, state), before)
-    self.assertEqual(
-      jax.tree.map(jax.typeof, updates), jax.tree.map(jax.typeof, params)
-    )
-    self.assertEqual(step._cache_size(), 1)
-
-  @parameterized.parameters(*set(_all()) - {'search_on_sphere'})
-  def test_abstract_init(self, name):
-    tx, _ = _all()[name]
-    params = jax.tree.map(jnp.asarray, _params())
-    shape = lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype)
-    got = jax.eval_shape(tx.init, jax.tree.map(shape, params))
-    self.assertEqual(got, jax.tree.map(shape, tx.init(params)))
-
-  def test_injected_hyperparameters_are_traced(self):
-    make = lambda learning_rate, max_step: transforms.riemannian(
-      optax.sgd(learning_rate, momentum=0.5), max_step=max_step
-    )
-    tx = optax.inject_hyperparams(make)(learning_rate=0.1, max_step=1.0)
-    params, grads = jax.tree.map(jnp.asarray, (_params(), _grads()))
-    state, step = tx.init(params), jax.jit(tx.update)
-    step(grads, state, params)
-    state.hyperparams['max_step'] = jnp.float32(0.01)
-    updates, _ = step(grads, state, params)
-    self.assertEqual(step._cache_size(), 1)
-    want = make(0.1, 0.01)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-      updates,
-      _update(want, grads, params),
-    )
-
-  def test_beside_what_lies_on_no_sphere(self):
-    """Masked and partitioned, so in a model that has other weights too."""
-    params, grads = jax.tree.map(jnp.asarray, (_params(), _grads()))
-    inner = transforms.riemannian(optax.sgd(0.1, momentum=0.9), max_step=0.5)
-    labels = {'one': 'sphere', 'many': 'sphere', 'batch': 'flat'}
-    mask = {name: label == 'sphere' for name, label in labels.items()}
-    for tx in (
-      optax.masked(inner, mask),
-      optax.partition({'sphere': inner, 'flat': optax.identity()}, labels),
-    ):
-      x, state = params, tx.init(params)
-      for _ in range(3):
-        updates, state = tx.update(grads, state, x)
-        np.testing.assert_array_equal(updates['batch'], grads['batch'])
-        x = optax.apply_updates(x, updates)
-      _on_spheres({name: x[name] for name in ('one', 'many')})
-
-  def test_multi_steps(self):
-    """The mean of two gradients moves once."""
-    self.enterContext(jax.numpy_dtype_promotion('standard'))
-    tx = transforms.riemannian(optax.sgd(0.1))
-    many = optax.MultiSteps(tx, every_k_schedule=2)
-    params = jax.tree.map(jnp.asarray, _params())
-    grads = [jax.tree.map(jnp.asarray, _grads(seed)) for seed in (1, 2)]
-    updates, state = many.update(grads[0], many.init(params), params)
-    jax.tree.map(lambda u: np.testing.assert_array_equal(u, 0), updates)
-    updates, _ = many.update(grads[1], state, params)
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-      updates,
-      _update(tx, mean, params),
-    )
-
-  def test_sharded_equals_one_device(self):
-    tx = transforms.riemannian(optax.sgd(0.01, momentum=0.9), max_step=0.1)
-    points = jnp.asarray(coulomb.uniform(0, 16, 3))
-    want = _run(tx, points, 5)
-    mesh = mesh_lib.make(data=8)
-    spec = jax.sharding.PartitionSpec('data')
-    points = mesh_lib.place(points, mesh, spec)
-    state, step = tx.init(points), jax.jit(tx.update)
-    for _ in range(5):
-      updates, state = step(jax.grad(coulomb.energy)(points), state, points)
-      self.assertEqual(updates.sharding.spec, spec)
-      points = optax.apply_updates(points, updates)
-    np.testing.assert_allclose(points, want, atol=1e-6)
-    [momentum] = [s for s in jax.tree.leaves(state) if s.ndim]
-    self.assertEqual(momentum.sharding.spec, spec)
-
-  def test_flax_optimizer(self):
-    class Charges(nnx.Module):
-      def __init__(self):
-        self.points = nnx.Param(jnp.asarray(coulomb.uniform(0, 12, 3)))
-
-    model = Charges()
-    tx = transforms.riemannian(optax.sgd(0.05, momentum=0.5), max_step=0.1)
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer):
-      loss = lambda model: coulomb.energy(model.points[...])
-      value, grads = nnx.value_and_grad(loss)(model)
-      optimizer.update(model, grads)
-      return value
-
-    values = [step(model, optimizer) for _ in range(30)]
-    self.assertLess(values[-1], values[0])
-    _on_spheres(model.points[...])
