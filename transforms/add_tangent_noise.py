@@ -78,7 +78,8 @@ def add_tangent_noise(
     del extra_args
     rows.check_params(params, 'add_tangent_noise')
     read = lambda value: value(state.count) if callable(value) else value
-    scale = jnp.sqrt(2 * read(step_size) * read(temperature))
+    # Schedules that end at 0 may end below it by a rounding unit.
+    scale = jnp.sqrt(jnp.maximum(2 * read(step_size) * read(temperature), 0))
     following, draw = jax.random.split(state.key)
     noise = optax.tree.random_like(draw, params)
     noise = rows.project(params, noise)

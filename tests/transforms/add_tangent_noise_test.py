@@ -40,6 +40,12 @@ class AddTangentNoiseTest(parameterized.TestCase):
       got = [np.sum(noise**2) / 8000 for noise in results]
       np.testing.assert_allclose(got, [4.0, 2.0, 1.0, 0.5], rtol=0.06)
 
+  def test_schedules_that_end_below_zero(self):
+    end = lambda count: jnp.where(count == 0, 1.0, -1e-9)
+    _, [first, second] = _sample(1.0, end, steps=2)
+    self.assertGreater(np.abs(first).max(), 1)
+    np.testing.assert_array_equal(second, 0)
+
   def test_each_update_draws_anew(self):
     _, [first, second] = _sample(1.0, 1.0, steps=2)
     correlation = np.sum(first * second) / np.sum(first**2)
