@@ -1,5 +1,9 @@
-"""Image data: digits, STL-10, image folders; in memory or read by Grain."""
+"""Images in memory or read by Grain; documents and characters.
 
+Images are digits, STL-10 or image folders. `docstrings` and `text` are modules.
+"""
+
+from emc2.experiments.data import docstrings, text
 from emc2.experiments.data.dataset import MEMORY_LIMIT, Dataset, Source
 from emc2.experiments.data.loader import batches
 from emc2.experiments.data.order import batch_indices, steps_per_epoch
@@ -11,6 +15,8 @@ __all__ = (
   'Source',
   'batch_indices',
   'batches',
+  'docstrings',
   'open',
   'steps_per_epoch',
+  'text',
 )

@@ -1,5 +1,6 @@
 """The Flax NNX networks that runs share."""
 
+from emc2.experiments.models import decoder
 from emc2.experiments.models.encoder import (
   NAMES,
   Encoder,
@@ -14,6 +15,7 @@ __all__ = [
   'Encoder',
   'PureEncoder',
   'build',
+  'decoder',
   'draw_params',
   'split',
 ]

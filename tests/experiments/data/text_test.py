@@ -174,7 +174,9 @@ class WindowTest(parameterized.TestCase):
     self.assertIsInstance(device, jax.Array)
     np.testing.assert_array_equal(device, want)
 
-  @parameterized.product(size=(4, 7, 10, 28, 39), length=(1, 3), max_windows=(2, 9))
+  @parameterized.product(
+    size=(4, 7, 10, 28, 39), length=(1, 3), max_windows=(2, 9)
+  )
   def test_windows_predict_no_token_twice(self, size, length, max_windows):
     tokens = np.arange(size)
     windows = text_lib.validation_windows(tokens, length, max_windows)
