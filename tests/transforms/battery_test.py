@@ -402,7 +402,7 @@ class BatteryTest(parameterized.TestCase):
 
   @_each
   def test_converges(self, row):
-    """To four minima at once, with a thousandth of a percent to go."""
+    """To four minima at once, up to 1e-4 of what it starts with."""
     find = targets.on_spheres if row.unit_rows else targets.in_space
     start, found = find()
     tx = optax.chain(row.before, row.transform(**row.solves), row.after)

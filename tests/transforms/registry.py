@@ -1,7 +1,7 @@
 """Every transform, one row each: what a case needs that tries it on something.
 
-A new transform joins with one row; the battery asks the same of all. Some of
-optax's own stand among them, since a question that they fail is a bad one.
+A new transform joins with one row, and the battery asks the same of all. The
+Adam of optax stands among them: a question that it fails would be a bad one.
 """
 
 import dataclasses
@@ -35,14 +35,14 @@ class Row:
   """What they call it with."""
 
   changes: Mapping[str, float]
-  """Each number that `optax.inject_hyperparams` makes a part of the state, and
-  another value of it, which gives other updates within three steps."""
+  """All that `optax.inject_hyperparams` takes into the state, with another
+  value for each, one that gives other updates within a few steps."""
 
   solves: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   """What to change in the options so that the four targets are reached."""
 
   static: tuple[str, ...] = ()
-  """What `optax.inject_hyperparams` must be told is no number."""
+  """Arguments that `optax.inject_hyperparams` is told to leave alone."""
 
   needs: tuple[str, ...] = ()
   """Which of `params`, `value`, `grad` and `value_fn` an update must have."""
@@ -53,11 +53,11 @@ class Row:
   after: optax.GradientTransformation = optax.identity()
   """What in use comes after it. Both are stateless."""
 
-  min_ndim: int = 0
-  """The fewest axes of a leaf of its params."""
+  takes_scalars: bool = True
+  """Whether leaves of its params may have no axis."""
 
   unit_rows: bool = False
-  """Whether params are unit rows along the last axis, which stays whole."""
+  """Whether all leaves hold unit rows, along a last axis that stays whole."""
 
   dtypes: tuple[Any, ...] = DTYPES
   """Of the params."""
@@ -75,15 +75,16 @@ class Row:
   def params(self, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
     """Params of the shapes that it serves."""
     rng = np.random.default_rng(0)
-    params = {}
-    for name, shape in (('matrix', (8, 4)), ('scalar', ()), ('vector', (4,))):
-      draw = rng.normal(size=shape)
-      if len(shape) >= self.min_ndim:
-        norm = np.linalg.norm(draw, axis=-1, keepdims=True) if shape else 1
-        params[name] = jnp.asarray(
-          draw / norm if self.unit_rows else draw, dtype
-        )
-    return params
+    shapes = {'matrix': (8, 4), 'scalar': (), 'vector': (4,)}
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    if self.unit_rows or not self.takes_scalars:
+      del params['scalar']
+    if self.unit_rows:
+      params = {
+        name: rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+        for name, rows in params.items()
+      }
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
 
   def specs(self) -> dict[str, jax.sharding.PartitionSpec]:
     """How the params lie on a mesh with the axes `fsdp` and `tensor`."""
@@ -149,7 +150,7 @@ ROWS = (
     options={},
     changes={'b1': 0.5, 'b2': 0.5, 'eps': 0.5, 'eps_root': 0.5},
     after=optax.scale(-0.1),
-    min_ndim=1,
+    takes_scalars=False,
   ),
   Row(
     'add_tangent_noise',
@@ -165,7 +166,6 @@ ROWS = (
     needs=('params',),
     before=_TANGENT_STEP,
     after=transforms.retract(),
-    min_ndim=1,
     unit_rows=True,
   ),
   Row(
@@ -175,7 +175,6 @@ ROWS = (
     changes={},
     needs=('params',),
     after=optax.chain(optax.scale(-0.015), transforms.retract()),
-    min_ndim=1,
     unit_rows=True,
   ),
   Row(
@@ -185,7 +184,6 @@ ROWS = (
     changes={'max_norm': 0.005},
     before=_TANGENT_STEP,
     after=transforms.retract(),
-    min_ndim=1,
     unit_rows=True,
   ),
   Row(
@@ -195,7 +193,6 @@ ROWS = (
     changes={},
     needs=('params',),
     before=_TANGENT_STEP,
-    min_ndim=1,
     unit_rows=True,
   ),
   Row(
@@ -206,7 +203,6 @@ ROWS = (
     needs=('params',),
     before=transforms.project_tangent(),
     after=optax.chain(transforms.project_tangent(), transforms.retract()),
-    min_ndim=1,
     unit_rows=True,
   ),
   Row(
@@ -215,23 +211,21 @@ ROWS = (
     options={'inner': optax.sgd(0.005, momentum=0.9), 'max_step': 0.01},
     changes={'max_step': 0.005},
     needs=('params',),
-    min_ndim=1,
     unit_rows=True,
   ),
   Row(
     'search_on_sphere',
     transforms.search_on_sphere,
     options={'line_search': optax.scale_by_backtracking_linesearch(9)},
-    # The line searches of optax mix bfloat16 with float32, and multiply by
-    # `vdot`, which explicit axes leave without a sharding.
-    dtypes=(jnp.float32, jnp.float64),
-    axis_types=(jax.sharding.AxisType.Auto,),
     changes={},
     needs=('params', 'value', 'grad', 'value_fn'),
     before=_TANGENT_STEP,
     after=transforms.retract(),
-    min_ndim=1,
     unit_rows=True,
+    # The line searches of optax mix bfloat16 with float32, and multiply by
+    # `vdot`, which explicit axes leave without a sharding.
+    dtypes=(jnp.float32, jnp.float64),
+    axis_types=(jax.sharding.AxisType.Auto,),
   ),
   Row(
     'backtrack',
@@ -254,7 +248,6 @@ ROWS = (
       'max_shrinks': 1,
     },
     needs=('params', 'value'),
-    min_ndim=1,
     unit_rows=True,
     # The first points are a part of its state.
     starts_from_shapes=False,
