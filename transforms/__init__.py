@@ -4,8 +4,20 @@ from emc2.transforms.add_tangent_noise import (
   AddTangentNoiseState,
   add_tangent_noise,
 )
+from emc2.transforms.avgrad import (
+  ScaleByAvgradState,
+  avgrad,
+  scale_by_avgrad,
+)
 from emc2.transforms.backtrack import BacktrackState, backtrack
 from emc2.transforms.lars import lars
+from emc2.transforms.mada import (
+  COEFFICIENTS,
+  ScaleByMadaState,
+  mada,
+  mada_coefficients,
+  scale_by_mada,
+)
 from emc2.transforms.riemannian import (
   MOMENTUM_BUFFERS,
   cap_rows,
@@ -27,17 +39,25 @@ if __name__ != 'emc2.transforms':
   )
 
 __all__ = [
+  'COEFFICIENTS',
   'MOMENTUM_BUFFERS',
   'AddTangentNoiseState',
   'BacktrackState',
+  'ScaleByAvgradState',
+  'ScaleByMadaState',
   'ScaleByRowAdamState',
   'add_tangent_noise',
+  'avgrad',
   'backtrack',
   'cap_rows',
   'lars',
+  'mada',
+  'mada_coefficients',
   'project_tangent',
   'retract',
   'riemannian',
+  'scale_by_avgrad',
+  'scale_by_mada',
   'scale_by_row_adam',
   'search_on_sphere',
   'transport_momentum',

@@ -3,8 +3,9 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
+
+from emc2.transforms import masks
 
 
 def lars(
@@ -64,9 +65,9 @@ def lars(
     <https://arxiv.org/abs/1708.03888>`_, 2017, Algorithm 1.
   """
   if weight_decay_mask is None:
-    weight_decay_mask = _has_many_axes
+    weight_decay_mask = masks.has_many_axes
   if trust_ratio_mask is None:
-    trust_ratio_mask = _has_many_axes
+    trust_ratio_mask = masks.has_many_axes
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=weight_decay_mask),
     optax.masked(
@@ -76,8 +77,3 @@ def lars(
     optax.trace(decay=momentum),
     optax.scale_by_learning_rate(learning_rate),
   )
-
-
-def _has_many_axes(params: optax.Params) -> Any:
-  """Marks what is a matrix or more; biases and scales are not."""
-  return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
