@@ -419,9 +419,9 @@ def split(
 
   Args:
     model: Its parameters may be abstract: those of `nnx.eval_shape`.
-    mesh: Over whose axes `mesh.DATA` and `mesh.FSDP` the batch is split, and
-      over `mesh.TENSOR` heads, the gated layer and the logits; None leaves
-      all to XLA.
+    mesh: With automatic axes, as `emc2.mesh.make` has them. The batch is split
+      over `mesh.DATA` and `mesh.FSDP`; heads, the gated layer and the logits
+      over `mesh.TENSOR`. None leaves all to XLA.
     sequence_parallel: Whether `mesh.TENSOR` splits the residual stream too,
       over positions; their number must be a multiple of the axis.
 

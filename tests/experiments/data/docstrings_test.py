@@ -1,7 +1,7 @@
 """Docstrings of installed packages: which ones, in what order, whose label."""
 
 import gc
-import importlib
+import importlib.util
 import pathlib
 import sys
 

@@ -464,7 +464,8 @@ class ShardingTest(parameterized.TestCase):
     )
 
   def test_takes_an_abstract_mesh(self):
-    mesh = jax.sharding.AbstractMesh((4, 2), ('data', 'tensor'))
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((4, 2), ('data', 'tensor'), kinds)
     apply_fn = _apply_fn(TINY, mesh=mesh)
     tokens = jax.ShapeDtypeStruct((8, 10), jnp.int32)
     logits = jax.eval_shape(apply_fn, _abstract(TINY), tokens)
