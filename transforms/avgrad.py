@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -138,4 +139,4 @@ def avgrad(
 
 
 def _wide(leaf: Any) -> Any:
-  return jnp.promote_types(leaf.dtype, jnp.float32)
+  return np.promote_types(leaf.dtype, np.float32)

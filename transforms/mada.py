@@ -256,7 +256,7 @@ def scale_by_mada(
         raise TypeError(f'params must be of real floats, got {leaf.dtype}.')
     narrow = lambda p: jnp.zeros_like(p, dtype=mu_dtype)
     wide = lambda p: jnp.zeros_like(
-      p, dtype=jnp.promote_types(p.dtype, jnp.float32)
+      p, dtype=np.promote_types(p.dtype, np.float32)
     )
     start = wide
     if init_mode == 'released':

@@ -1,7 +1,7 @@
 """The two passes over a leaf that a step of MADA makes."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from emc2.kernels.mada import reference
 
@@ -62,5 +62,5 @@ def direction(
 
 def _widen(grad, k):
   """The scalars, and a cast of arrays, in the dtype that a leaf computes in."""
-  dtype = jnp.promote_types(grad.dtype, jnp.float32)
+  dtype = np.promote_types(grad.dtype, np.float32)
   return k.astype(dtype), lambda x: x.astype(dtype)
