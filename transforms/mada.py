@@ -84,9 +84,12 @@ def scale_by_mada(
   *,
   learn: Sequence[str] = COEFFICIENTS,
   bounds: Mapping[str, tuple[float, float]] | None = None,
-  hyper_learning_rate: float | Mapping[str, float] | None = None,
-  hyper_momentum: float | Mapping[str, float] = 0.0,
-  hyper_clip: float | None = 10.0,
+  hyper_learning_rate: jax.typing.ArrayLike
+  | Mapping[str, jax.typing.ArrayLike]
+  | None = None,
+  hyper_momentum: jax.typing.ArrayLike
+  | Mapping[str, jax.typing.ArrayLike] = 0.0,
+  hyper_clip: jax.typing.ArrayLike | None = 10.0,
   hyper_start: int = 0,
   hyper_delay: int = 0,
   hyper_through_mean: bool = False,
