@@ -328,15 +328,13 @@ def scale_by_mada(
       last = treedef.flatten_up_to(state.grads)
       later = treedef.flatten_up_to(hyper_grads)
       made = [
-        kernel.advance(m, g.astype(h.dtype), h, before, settings)
-        for m, g, h in zip(moments, last, later, strict=True)
+        kernel.exchange(*given, before, settings)
+        for given in zip(moments, last, leaves, later, strict=True)
       ]
-      moments = [after for after, _ in made]
-      products = _sum([product for _, product in made], dtype, axis_name)
+      moments = [after for after, _, _ in made]
+      grads = treedef.unflatten([kept for _, kept, _ in made])
+      products = _sum([product for *_, product in made], dtype, axis_name)
       coefficients, trace = learned(state, products)
-      grads = treedef.unflatten(
-        [g.astype(old.dtype) for g, old in zip(leaves, last, strict=True)]
-      )
 
     used = state.coefficients if hyper_delay else coefficients
     now = kernel.Scalars.of(used, count, constants)
@@ -346,7 +344,7 @@ def scale_by_mada(
     ]
     if not learns.any():
       moments = [
-        kernel.advance(m, g, None, now, settings)[0]
+        kernel.advance(m, g, now, settings)
         for m, g in zip(moments, leaves, strict=True)
       ]
     state = ScaleByMadaState(

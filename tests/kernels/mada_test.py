@@ -26,7 +26,10 @@ FAMILIES = {
 }
 
 # Compiled: faster than one operation after another.
-_advance = jax.jit(mada.advance, static_argnames='settings')
+_only_advance = jax.jit(mada.advance, static_argnames='settings')
+_exchange = jax.jit(
+  mada.exchange, static_argnames=('settings', 'implementation')
+)
 _direction = jax.jit(mada.direction, static_argnames='settings')
 _derivatives = jax.jit(reference.derivatives, static_argnames='settings')
 _families = parameterized.named_parameters(
@@ -34,6 +37,13 @@ _families = parameterized.named_parameters(
   for name, options in FAMILIES.items()
   for t in (1, 2, 7)
 )
+
+
+def _advance(moments, grad, hyper_grad, k, settings):
+  after, _, products = _exchange(
+    moments, grad, grad, hyper_grad, k, settings=settings
+  )
+  return after, products
 
 
 def _split(options):
@@ -200,10 +210,7 @@ class MadaTest(parameterized.TestCase):
       for t in range(1, 31):
         k = _scalars((0.9, 0.9, 0.0, 0.5, 1.0, 1.0), t)
         g = jnp.asarray(rng.normal(size=50) * rng.exponential())
-        before, moments = (
-          moments,
-          _advance(moments, g, None, k, settings)[0],
-        )
+        before, moments = moments, _only_advance(moments, g, k, settings)
       signs[maximum] = np.asarray(moments.nu - moments.nu_bar)
       if maximum:
         slope = _derivatives(before, moments, g, k, settings)[3]
@@ -302,3 +309,81 @@ class MadaTest(parameterized.TestCase):
     # Sums are in float32 at least, whatever the leaf.
     rtol = min(rtol, 1e-5)
     np.testing.assert_allclose(products, sums, rtol=10 * rtol, atol=10 * rtol)
+
+
+class BlockedTest(parameterized.TestCase):
+  """The loop over blocks of the cache."""
+
+  @parameterized.named_parameters(
+    ('all', {}, INSIDE),
+    ('released_init', {'released_init': True}, INSIDE),
+    ('maximum', {'maximum': True}, INSIDE),
+  )
+  def test_equals_the_reference(self, options, coefficients):
+    settings = mada.Settings(**options)
+    rng = np.random.default_rng(3)
+    draw = lambda: jnp.asarray(rng.normal(size=(96, 128)), jnp.float32)
+    moments = mada.Moments(
+      draw(), jnp.abs(draw()), jnp.abs(draw()), draw(), draw(), draw()
+    )
+    k = mada.Scalars.of(
+      jnp.asarray(coefficients, jnp.float32), jnp.int32(2), mada.Constants()
+    )
+    grads = draw(), draw(), draw()
+    outputs = [
+      _exchange(moments, *grads, k, settings=settings, implementation=name)
+      for name in ('xla', 'blocked')
+    ]
+    for want, got in zip(*map(jax.tree.leaves, outputs), strict=True):
+      np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-6)
+
+  def test_without_what_the_moments_fix(self):
+    draw = jax.random.normal(jax.random.key(0), (4, 4096))
+    moments = mada.Moments(draw, draw**2, draw**2, None, None, None)
+    k = mada.Scalars.of(
+      jnp.asarray((0.9, 0.95, 0.0, 0.5, 0.5, 1.0), jnp.float32),
+      jnp.int32(3),
+      mada.Constants(),
+    )
+    settings = mada.Settings()
+    after, kept, products = _exchange(
+      moments, draw, -draw, draw, k, settings=settings, implementation='blocked'
+    )
+    self.assertIsNone(after.delta)
+    np.testing.assert_array_equal(kept, -draw)
+    np.testing.assert_array_equal(products[jnp.array([2, 5])], 0)
+
+  def test_needs_a_divisor_and_one_dtype(self):
+    prime = jnp.ones(65_537)
+    moments = mada.Moments(prime, prime, prime, None, None, None)
+    k = mada.Scalars.of(
+      jnp.asarray(INSIDE, jnp.float32), jnp.int32(2), mada.Constants()
+    )
+    with self.assertRaisesRegex(NotImplementedError, 'has a divisor'):
+      mada.exchange(
+        *(moments, prime, prime, prime, k, mada.Settings()),
+        implementation='blocked',
+      )
+    with self.assertRaisesRegex(ValueError, "implementation='rows'"):
+      mada.exchange(
+        *(moments, prime, prime, prime, k, mada.Settings()),
+        implementation='rows',
+      )
+
+  def test_auto_takes_it_where_a_leaf_lies_whole(self):
+    # Eight devices here, of which `shard_map` gives each its own part.
+    leaf = jnp.ones((8, 8192))
+    moments = mada.Moments(leaf, leaf, leaf, None, None, None)
+    k = mada.Scalars.of(
+      jnp.asarray(INSIDE, jnp.float32), jnp.int32(2), mada.Constants()
+    )
+    run = lambda m, g: mada.exchange(m, g, g, g, k, mada.Settings())[0]
+    mesh = jax.make_mesh(
+      (8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    split = jax.P('fsdp')
+    inside = jax.shard_map(
+      run, mesh=mesh, in_specs=(split, split), out_specs=split
+    )
+    self.assertNotIn('while', jax.jit(run).lower(moments, leaf).as_text())
+    self.assertIn('while', jax.jit(inside).lower(moments, leaf).as_text())

@@ -1,6 +1,6 @@
 """The update of MADA and its derivatives in the coefficients."""
 
-from emc2.kernels.mada.api import advance, direction
+from emc2.kernels.mada.api import advance, direction, exchange
 from emc2.kernels.mada.reference import Constants, Moments, Scalars, Settings
 
 __all__ = [
@@ -10,4 +10,5 @@ __all__ = [
   'Settings',
   'advance',
   'direction',
+  'exchange',
 ]

@@ -208,24 +208,27 @@ def derivatives(
   )
 
 
-def advance_and_project(
+def exchange(
   moments: Moments,
   grad: jax.Array,
+  new_grad: jax.Array,
   hyper_grad: jax.Array,
   k: Scalars,
   settings: Settings,
-) -> tuple[Moments, jax.Array]:
-  """Also the inner products of the derivatives with the next gradient.
+) -> tuple[Moments, jax.Array, jax.Array]:
+  """Takes in a gradient, keeps another, and projects on the derivatives.
 
   Args:
     moments: Before `grad`.
     grad: Of the last update.
-    hyper_grad: The gradient after it.
+    new_grad: What takes the place of `grad`.
+    hyper_grad: The gradient after the last update.
     k: Of the last update, in the dtype of the leaf.
     settings: As they are.
 
   Returns:
-    The moments after `grad`, and (6,); 0 for a coefficient that they fix.
+    The moments after `grad`, `new_grad`, and the inner products (6,) of
+    `hyper_grad` with :func:`derivatives`; 0 for one that the moments fix.
   """
   after = advance(moments, grad, k, settings)
   slopes = derivatives(moments, after, grad, k, settings)
@@ -233,7 +236,7 @@ def advance_and_project(
   products = [
     zero if slope is None else jnp.sum(hyper_grad * slope) for slope in slopes
   ]
-  return after, jnp.stack(products)
+  return after, new_grad, jnp.stack(products)
 
 
 def _target(moments, grad, k, settings):
