@@ -305,7 +305,6 @@ def scale_by_mada(
 
   def update_fn(updates, state, params=None, *, hyper_grads=None, **extra_args):
     del params, extra_args
-    hyper_grads = updates if hyper_grads is None else hyper_grads
     count = optax.safe_increment(state.count)
     dtype = state.coefficients.dtype
     rate = (
@@ -326,7 +325,9 @@ def scale_by_mada(
         share=jnp.where(stays, jnp.zeros([], dtype), before.share),
       )
       last = treedef.flatten_up_to(state.grads)
-      later = treedef.flatten_up_to(hyper_grads)
+      later = [None] * len(leaves)
+      if hyper_grads is not None:
+        later = treedef.flatten_up_to(hyper_grads)
       made = [
         kernel.exchange(*given, before, settings)
         for given in zip(moments, last, leaves, later, strict=True)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from emc2.kernels import mada
-from emc2.kernels.mada import reference
+from emc2.kernels import lowering, mada
+from emc2.kernels.mada import pallas_tpu, reference
 
 from tests.transforms import mada_oracle
 
@@ -359,7 +359,7 @@ class BlockedTest(parameterized.TestCase):
     k = mada.Scalars.of(
       jnp.asarray(INSIDE, jnp.float32), jnp.int32(2), mada.Constants()
     )
-    with self.assertRaisesRegex(NotImplementedError, 'has a divisor'):
+    with self.assertRaisesRegex(NotImplementedError, 'with a divisor'):
       mada.exchange(
         *(moments, prime, prime, prime, k, mada.Settings()),
         implementation='blocked',
@@ -387,3 +387,59 @@ class BlockedTest(parameterized.TestCase):
     )
     self.assertNotIn('while', jax.jit(run).lower(moments, leaf).as_text())
     self.assertIn('while', jax.jit(inside).lower(moments, leaf).as_text())
+
+
+class PallasTest(parameterized.TestCase):
+  """The kernel for TPUs."""
+
+  def _case(self, shape=(64, 256), fields=6):
+    rng = np.random.default_rng(5)
+    draw = lambda: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    moments = [draw(), jnp.abs(draw()), jnp.abs(draw()), draw(), draw(), draw()]
+    moments = mada.Moments(*moments[:fields], *[None] * (6 - fields))
+    k = mada.Scalars.of(
+      jnp.asarray(INSIDE, jnp.float32), jnp.int32(2), mada.Constants()
+    )
+    return moments, draw(), draw(), draw(), k
+
+  @parameterized.named_parameters(
+    ('all', (64, 256), 6, True),
+    ('three_axes', (4, 16, 384), 6, True),
+    ('one_gradient', (64, 256), 6, False),
+    ('fixed', (16, 2048), 3, False),
+  )
+  def test_equals_the_reference(self, shape, fields, has_hyper_grad):
+    moments, grad, new, later, k = self._case(shape, fields)
+    later = later if has_hyper_grad else None
+    run = functools.partial(
+      pallas_tpu.exchange, settings=mada.Settings(), interpret=True
+    )
+    got = jax.jit(run)(moments, grad, new, later, k)
+    want = _exchange(
+      *(moments, grad, new, later, k),
+      settings=mada.Settings(),
+      implementation='xla',
+    )
+    self.assertIsNone(got[0].lion if fields == 3 else None)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+      np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+
+  def test_one_kernel_for_a_tpu_and_none_elsewhere(self):
+    moments, grad, new, _, k = self._case()
+    run = lambda *args: mada.exchange(
+      *args, None, k, mada.Settings(), implementation='pallas_tpu'
+    )
+    lowered = lowering.lower_for(run, moments, grad, new, platform='tpu')
+    self.assertEqual(
+      lowered.as_text().count('kernel_name = "mada_exchange"'), 1
+    )
+
+  @parameterized.named_parameters(
+    ('columns', (64, 250), 'a last axis'),
+    ('rows', (4, 256), 'multiple of 8 rows'),
+    ('vector', (1024,), 'a last axis'),
+  )
+  def test_refuses_other_shapes(self, shape, words):
+    *args, k = self._case(shape)
+    with self.assertRaisesRegex(NotImplementedError, words):
+      mada.exchange(*args, k, mada.Settings(), implementation='pallas_tpu')

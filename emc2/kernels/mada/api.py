@@ -5,9 +5,9 @@ import functools
 import jax
 import numpy as np
 
-from emc2.kernels.mada import blocked, reference
+from emc2.kernels.mada import blocked, pallas_tpu, reference
 
-_IMPLEMENTATIONS = {'xla': reference.exchange, 'blocked': blocked.exchange}
+_IMPLEMENTATIONS = ('auto', 'xla', 'blocked', 'pallas_tpu')
 
 
 def advance(
@@ -36,7 +36,7 @@ def exchange(
   moments: reference.Moments,
   grad: jax.Array,
   new_grad: jax.Array,
-  hyper_grad: jax.Array,
+  hyper_grad: jax.Array | None,
   k: reference.Scalars,
   settings: reference.Settings,
   *,
@@ -48,12 +48,14 @@ def exchange(
     moments: Of one leaf, of any float dtypes.
     grad: Of the shape of the leaf: the gradient of update t.
     new_grad: The same: what takes the place of `grad`.
-    hyper_grad: The same: the gradient of the loss after update t.
+    hyper_grad: The same: the gradient of the loss after update t; None says
+      that this is `new_grad`.
     k: Of update t.
     settings: Static.
-    implementation: Static; 'auto' takes 'blocked' for leaves of some size on a
-      CPU where a leaf cannot be split over devices: there is one device, or
-      the program is that of one device in :func:`jax.shard_map`. Else 'xla'.
+    implementation: Static; 'auto' takes 'blocked' on a CPU and 'pallas_tpu' on
+      a TPU for leaves that they take, where a leaf cannot be split over
+      devices: there is one device, or the program is that of one device in
+      :func:`jax.shard_map`. Else 'xla'.
 
   Returns:
     The moments after `grad`, in their dtypes; `new_grad`, in that of `grad`;
@@ -64,13 +66,13 @@ def exchange(
     ValueError: If `implementation` is unknown.
     NotImplementedError: If it does not take this leaf.
   """
-  if implementation not in ('auto', *_IMPLEMENTATIONS):
+  if implementation not in _IMPLEMENTATIONS:
     raise ValueError(
-      f'{implementation=} is not one of auto, {", ".join(_IMPLEMENTATIONS)}.'
+      f'{implementation=} is not one of {", ".join(_IMPLEMENTATIONS)}.'
     )
-  wide, up = _widen(hyper_grad, k)
+  wide, up = _widen(new_grad, k)
   given = moments, grad, new_grad, hyper_grad
-  run = _choose(implementation, given, hyper_grad)
+  run = _choose(implementation, given, new_grad)
   after, kept, products = run(*jax.tree.map(up, given), wide, settings=settings)
   down = lambda a, b: a.astype(b.dtype)
   return jax.tree.map(down, after, moments), down(kept, grad), products
@@ -105,33 +107,38 @@ def _widen(grad, k):
 
 
 def _choose(implementation, given, grad):
-  """The pass with derivatives, as a function of arrays and the settings."""
+  """The function that :func:`exchange` runs, with the settings by name."""
+  if implementation == 'xla':
+    return reference.exchange
+  fits = {'cpu': blocked, 'tpu': pallas_tpu}
   # Else the casts would be arrays beside.
   alike = all(leaf.dtype == grad.dtype for leaf in jax.tree.leaves(given))
-  fits = alike and blocked.choose_block(grad.size) is not None
+  reasons = {
+    'cpu': blocked.unsupported(grad) if alike else 'want one dtype.',
+    'tpu': pallas_tpu.unsupported(*given[:2]),
+  }
   if implementation == 'auto':
-    if not fits or not _is_whole():
-      return reference.exchange
-    return _by_platform
-  if implementation == 'blocked' and not fits:
-    raise NotImplementedError(
-      'blocked: want a leaf in one dtype, whose size has a divisor in '
-      f'[{blocked.LEAST}, {blocked.MOST}], got {grad.dtype} of {grad.size}.'
-    )
-  return _IMPLEMENTATIONS[implementation]
+    fits = {
+      name: module.exchange
+      for name, module in fits.items()
+      if reasons[name] is None and _is_whole()
+    }
+    return functools.partial(_by_platform, fits) if fits else reference.exchange
+  platform = {'blocked': 'cpu', 'pallas_tpu': 'tpu'}[implementation]
+  if reasons[platform] is not None:
+    raise NotImplementedError(f'{implementation}: {reasons[platform]}')
+  return fits[platform].exchange
 
 
-def _by_platform(*args, settings):
+def _by_platform(fits, *args, settings):
   fixed = lambda run: functools.partial(run, settings=settings)
-  return jax.lax.platform_dependent(
-    *args,
-    cpu=fixed(blocked.exchange),
-    default=fixed(reference.exchange),
-  )
+  choices = {name: fixed(run) for name, run in fits.items()}
+  default = fixed(reference.exchange)
+  return jax.lax.platform_dependent(*args, **choices, default=default)
 
 
 def _is_whole():
-  """Whether XLA has nothing to split: the loop would gather what it did."""
+  """Whether XLA has nothing to split; it would gather what it did."""
   if jax.device_count() == 1:
     return True
   mesh = jax.sharding.get_abstract_mesh()

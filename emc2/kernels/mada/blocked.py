@@ -25,11 +25,18 @@ def choose_block(size: int) -> int | None:
   return next((block for block in sizes if size % block == 0), None)
 
 
+def unsupported(grad: jax.Array) -> str | None:
+  """Why the loop does not take a leaf, or None."""
+  if choose_block(grad.size) is None:
+    return f'want a size with a divisor in [{LEAST}, {MOST}], got {grad.size}.'
+  return None
+
+
 def exchange(
   moments: reference.Moments,
   grad: jax.Array,
   new_grad: jax.Array,
-  hyper_grad: jax.Array,
+  hyper_grad: jax.Array | None,
   k: reference.Scalars,
   settings: reference.Settings,
 ) -> tuple[reference.Moments, jax.Array, jax.Array]:
@@ -42,7 +49,7 @@ def exchange(
     moments: Before `grad`.
     grad: Of the last update.
     new_grad: What takes the place of `grad`.
-    hyper_grad: The gradient after the last update.
+    hyper_grad: The gradient after the last update; None for `new_grad`.
     k: Of the last update, in the dtype of the leaf.
     settings: As they are.
 
@@ -88,6 +95,7 @@ def _run(kept, read, k, settings):
   (moments, grad), (new_grad, hyper_grad) = kept, read
   after = reference.advance(moments, grad, k, settings)
   slopes = reference.derivatives(moments, after, grad, k, settings)
-  zero = jnp.zeros_like(hyper_grad)
-  terms = [zero if slope is None else hyper_grad * slope for slope in slopes]
+  along = new_grad if hyper_grad is None else hyper_grad
+  zero = jnp.zeros_like(along)
+  terms = [zero if slope is None else along * slope for slope in slopes]
   return (after, new_grad), tuple(terms)

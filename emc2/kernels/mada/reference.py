@@ -212,7 +212,7 @@ def exchange(
   moments: Moments,
   grad: jax.Array,
   new_grad: jax.Array,
-  hyper_grad: jax.Array,
+  hyper_grad: jax.Array | None,
   k: Scalars,
   settings: Settings,
 ) -> tuple[Moments, jax.Array, jax.Array]:
@@ -222,7 +222,7 @@ def exchange(
     moments: Before `grad`.
     grad: Of the last update.
     new_grad: What takes the place of `grad`.
-    hyper_grad: The gradient after the last update.
+    hyper_grad: The gradient after the last update; None for `new_grad`.
     k: Of the last update, in the dtype of the leaf.
     settings: As they are.
 
@@ -232,9 +232,10 @@ def exchange(
   """
   after = advance(moments, grad, k, settings)
   slopes = derivatives(moments, after, grad, k, settings)
-  zero = jnp.zeros([], hyper_grad.dtype)
+  along = new_grad if hyper_grad is None else hyper_grad
+  zero = jnp.zeros([], along.dtype)
   products = [
-    zero if slope is None else jnp.sum(hyper_grad * slope) for slope in slopes
+    zero if slope is None else jnp.sum(along * slope) for slope in slopes
   ]
   return after, new_grad, jnp.stack(products)
 
