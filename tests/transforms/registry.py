@@ -22,6 +22,20 @@ AXIS_TYPES = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit)
 _TANGENT_STEP = optax.chain(transforms.project_tangent(), optax.scale(-0.015))
 
 
+# All of its parts count from the second step on.
+_MADA = {'gamma': 0.5, 'hyper_learning_rate': 0.02}
+_MADA_CHANGES = {
+  'eps': 0.5,
+  'hyper_learning_rate': 0.01,
+  'hyper_momentum': 0.9,
+  'hyper_clip': 0.1,
+  'lion_b1': 0.1,
+  'lion_b2': 0.1,
+}
+# Where the coefficients start counts in the first state alone.
+_MADA_STATIC = (*transforms.COEFFICIENTS, 'hyper_start', 'hyper_delay')
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
   """A transform and how it is used."""
@@ -38,8 +52,9 @@ class Row:
   """All that `optax.inject_hyperparams` takes into the state, with another
   value for each, one that gives other updates within a few steps."""
 
-  solves: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  """What to change in the options so that the four targets are reached."""
+  solves: Mapping[str, Any] | None = None
+  """What to change in the options so that the four targets are reached; None
+  for a piece of an optimiser that has a row too."""
 
   static: tuple[str, ...] = ()
   """Arguments that `optax.inject_hyperparams` is told to leave alone."""
@@ -126,6 +141,7 @@ ROWS = (
       'eps': 0.5,
       'eps_root': 0.5,
     },
+    solves={},
   ),
   Row(
     'lars',
@@ -149,8 +165,47 @@ ROWS = (
     transforms.scale_by_row_adam,
     options={},
     changes={'b1': 0.5, 'b2': 0.5, 'eps': 0.5, 'eps_root': 0.5},
+    solves={},
     after=optax.scale(-0.1),
     takes_scalars=False,
+  ),
+  Row(
+    'scale_by_avgrad',
+    transforms.scale_by_avgrad,
+    options={},
+    changes={'b1': 0.5, 'b2': 0.5, 'eps': 0.5},
+    after=optax.scale(-0.1),
+  ),
+  Row(
+    'avgrad',
+    transforms.avgrad,
+    options={'learning_rate': 0.1, 'weight_decay': 0.1},
+    changes={
+      'learning_rate': 0.2,
+      'b1': 0.5,
+      'b2': 0.5,
+      'eps': 0.5,
+      'weight_decay': 1.0,
+    },
+    solves={'weight_decay': 0.0},
+    needs=('params',),
+  ),
+  Row(
+    'scale_by_mada',
+    transforms.scale_by_mada,
+    options={'learning_rate': 0.1, **_MADA},
+    changes={'learning_rate': 0.2, **_MADA_CHANGES},
+    static=_MADA_STATIC,
+    after=optax.scale(-0.1),
+  ),
+  Row(
+    'mada',
+    transforms.mada,
+    options={'learning_rate': 0.1, **_MADA},
+    changes={'learning_rate': 0.2, 'weight_decay': 1.0, **_MADA_CHANGES},
+    solves={'gamma': 1.0, 'hyper_learning_rate': None, 'weight_decay': 0.0},
+    static=(*_MADA_STATIC, 'mask'),
+    needs=('params',),
   ),
   Row(
     'add_tangent_noise',
@@ -210,6 +265,7 @@ ROWS = (
     transforms.riemannian,
     options={'inner': optax.sgd(0.005, momentum=0.9), 'max_step': 0.01},
     changes={'max_step': 0.005},
+    solves={},
     needs=('params',),
     unit_rows=True,
   ),
@@ -218,6 +274,7 @@ ROWS = (
     transforms.search_on_sphere,
     options={'line_search': optax.scale_by_backtracking_linesearch(9)},
     changes={},
+    solves={},
     needs=('params', 'value', 'grad', 'value_fn'),
     before=_TANGENT_STEP,
     after=transforms.retract(),
@@ -247,6 +304,7 @@ ROWS = (
       'shrink': 0.5,
       'max_shrinks': 1,
     },
+    solves={},
     needs=('params', 'value'),
     unit_rows=True,
     # The first points are a part of its state.
