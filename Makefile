@@ -7,7 +7,8 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 PEERS := $(CURDIR)/.venv-peers/bin/python
 
-.PHONY: help run test test-all lint format bench bench-peers lock clean
+.PHONY: help run test test-all lint format notebooks bench bench-peers lock \
+	clean
 
 help:  ## Says what there is to make.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' \
@@ -31,6 +32,9 @@ format: $(STAMP)  ## Puts every file into form.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+notebooks: $(STAMP)  ## Executes all notebooks, at smoke size; writes nothing.
+	EMC2_SMOKE=1 $(BIN)/jupyter-execute --timeout=600 notebooks/*.ipynb
+
 bench: $(STAMP)  ## Measures: `make bench ARGS=contrastive`.
 	$(if $(wildcard $(PEERS)),EMC2_PEERS_PYTHON=$(PEERS)) \
 	  $(BIN)/python -m emc2.experiments.bench $(ARGS)
@@ -44,8 +48,9 @@ bench-peers:  ## Installs what the bench compares with, apart, on a CPU.
 lock: $(STAMP)  ## Pins the newest versions that setup.cfg allows.
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile setup.cfg --extra experiments --extra test \
-	  --universal --python-version 3.11 --upgrade --no-annotate \
-	  --custom-compile-command 'make lock' --output-file requirements.lock
+	  --extra notebooks --universal --python-version 3.11 --upgrade \
+	  --no-annotate --custom-compile-command 'make lock' \
+	  --output-file requirements.lock
 
 clean:  ## Removes what can be made again; runs/ stays.
 	rm -rf $(VENV) .venv-peers build dist *.egg-info .pytest_cache .ruff_cache
