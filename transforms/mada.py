@@ -373,7 +373,25 @@ def mada(
   eps: jax.typing.ArrayLike = 1e-6,
   weight_decay: jax.typing.ArrayLike = 0.1,
   mask: Any = masks.has_many_axes,
-  **options: Any,
+  *,
+  learn: Sequence[str] = COEFFICIENTS,
+  bounds: Mapping[str, tuple[float, float]] | None = None,
+  hyper_learning_rate: jax.typing.ArrayLike
+  | Mapping[str, jax.typing.ArrayLike]
+  | None = None,
+  hyper_momentum: jax.typing.ArrayLike
+  | Mapping[str, jax.typing.ArrayLike] = 0.0,
+  hyper_clip: jax.typing.ArrayLike | None = 10.0,
+  hyper_start: int = 0,
+  hyper_delay: int = 0,
+  hyper_through_mean: bool = False,
+  second_moment: str = 'avgrad',
+  lion_mode: str = 'lion',
+  lion_b1: jax.typing.ArrayLike = 0.95,
+  lion_b2: jax.typing.ArrayLike = 0.98,
+  init_mode: str = 'zero',
+  mu_dtype: jax.typing.DTypeLike | None = None,
+  axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""An Adam that learns its own coefficients, with decoupled weight decay.
 
@@ -397,7 +415,21 @@ def mada(
     mask: Which leaves decay: a pytree of bools that is a prefix of the params,
       or a function from params to one; the leaves of more than one axis by
       default. In :func:`optax.inject_hyperparams` name it in `static_args`.
-    **options: The keyword arguments of :func:`scale_by_mada`.
+    learn: As in :func:`scale_by_mada`.
+    bounds: Likewise.
+    hyper_learning_rate: Likewise.
+    hyper_momentum: Likewise.
+    hyper_clip: Likewise.
+    hyper_start: Likewise.
+    hyper_delay: Likewise.
+    hyper_through_mean: Likewise.
+    second_moment: Likewise.
+    lion_mode: Likewise.
+    lion_b1: Likewise.
+    lion_b2: Likewise.
+    init_mode: Likewise.
+    mu_dtype: Likewise.
+    axis_name: Likewise.
 
   Returns:
     The transform. Its update needs `params`, and takes `hyper_grads`: give it
@@ -418,7 +450,31 @@ def mada(
     As for :func:`scale_by_mada`.
   """
   return optax.chain(
-    scale_by_mada(learning_rate, b1, b2, b3, rho, c, gamma, eps, **options),
+    scale_by_mada(
+      learning_rate,
+      b1,
+      b2,
+      b3,
+      rho,
+      c,
+      gamma,
+      eps,
+      learn=learn,
+      bounds=bounds,
+      hyper_learning_rate=hyper_learning_rate,
+      hyper_momentum=hyper_momentum,
+      hyper_clip=hyper_clip,
+      hyper_start=hyper_start,
+      hyper_delay=hyper_delay,
+      hyper_through_mean=hyper_through_mean,
+      second_moment=second_moment,
+      lion_mode=lion_mode,
+      lion_b1=lion_b1,
+      lion_b2=lion_b2,
+      init_mode=init_mode,
+      mu_dtype=mu_dtype,
+      axis_name=axis_name,
+    ),
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )
