@@ -21,7 +21,7 @@ from absl import app, flags
 
 from emc2.experiments.benchmarks import harness
 
-BENCHMARKS = ('contrastive', 'thomson')
+BENCHMARKS = ('contrastive', 'mada', 'thomson')
 
 
 def run(

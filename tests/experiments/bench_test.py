@@ -20,6 +20,7 @@ from emc2.experiments import bench
 from emc2.experiments.benchmarks import contrastive as contrastive_bench
 from emc2.experiments.benchmarks import contrastive_toys as toys
 from emc2.experiments.benchmarks import harness, peers_thomson, worker
+from emc2.experiments.benchmarks import mada as mada_bench
 from emc2.experiments.benchmarks import thomson as thomson_bench
 
 # A module that a worker can serve, in any Python.
@@ -550,3 +551,34 @@ def _numeric_gradient(weight, data, step=1e-6):
     ahead = _loss(weight + change, data)
     gradient[at] = (ahead - _loss(weight - change, data)) / (2 * step)
   return gradient
+
+
+class MadaTest(parameterized.TestCase):
+  """The cases of MADA's benchmark."""
+
+  def test_cases_have_names_of_their_own_and_smoke_is_a_part(self):
+    for smoke in (True, False):
+      names = [case.name for case in mada_bench.cases(smoke)]
+      self.assertLen(set(names), len(names))
+    self.assertLess(len(mada_bench.cases(True)), len(names))
+
+  @parameterized.parameters(
+    ('adam', 8), ('avgrad', 12), ('mada', 28), ('mada_bfloat16', 18)
+  )
+  def test_the_state_is_what_the_specification_counts(self, name, want):
+    self.assertEqual(mada_bench.state_bytes(optimizer=name), want)
+
+  def test_a_pass_and_a_step_go_on_from_what_they_left(self):
+    for call in (
+      mada_bench.time_step(optimizer='mada', side=8),
+      mada_bench.time_pass(implementation='xla', side=8),
+    ):
+      call()
+      call()
+
+  @pytest.mark.slow
+  def test_every_case_runs_at_a_tiny_size(self):
+    with harness.Context(smoke=True) as context:
+      for case in mada_bench.cases(True):
+        for row in case.run(context):
+          self.assertIsNotNone(row.ours, row.name)
