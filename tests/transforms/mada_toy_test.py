@@ -107,3 +107,29 @@ class ToyTest(parameterized.TestCase):
     regrets = {name: ends.regret[1] for name, ends in _ends().items()}
     order = ('amsgrad', 'avgrad', 'mada', 'adam')
     self.assertEqual(sorted(order, key=regrets.get), list(order))
+
+  def test_finds_a_minimum_wherever_it_stands(self):
+    """Noisy quadratics: near by at a constant rate, nearer at a lower one."""
+    a = np.linspace(1.0, 4.0, 8, dtype=np.float32)
+
+    def run(rho, rate):
+      tx = transforms.scale_by_mada(rate, rho=rho, learn=(), eps=1e-3)
+
+      def step(carry, key):
+        x, state, total = carry
+        g = a * x + jax.random.normal(key, x.shape)
+        u, state = tx.update(g, state)
+        x = x - rate * u
+        return (x, state, total), jnp.sum(a * jnp.square(x)) / 2
+
+      x = jnp.ones(8)
+      keys = jax.random.split(jax.random.key(0), 2000)
+      _, losses = jax.lax.scan(step, (x, tx.init(x), 0.0), keys)
+      return jnp.mean(losses[1000:])
+
+    rho = np.float32([0.0, 0.25, 0.5, 1.0])
+    grid = jax.vmap(jax.vmap(run, (None, 0)), (0, None))
+    losses = np.asarray(jax.jit(grid)(rho, np.float32([0.03, 0.01])))
+    # It starts at 10.
+    self.assertLess(losses.max(), 0.5)
+    self.assertTrue(np.all(losses[:, 1] < 0.5 * losses[:, 0]), msg=losses)
