@@ -271,7 +271,8 @@ def scale_by_mada(
     return ScaleByMadaState(
       count=jnp.zeros([], jnp.int32),
       coefficients=coefficients,
-      used=coefficients,
+      # An array of its own, so that the state can be donated.
+      used=jnp.copy(coefficients),
       trace=jnp.zeros_like(coefficients),
       learning_rate=jnp.zeros([], dtype),
       moments=kernel.Moments(
@@ -321,7 +322,7 @@ def scale_by_mada(
       )
       stays = state.count == 0
       before = before._replace(
-        b2=jnp.where(stays, jnp.ones([], dtype), before.b2),
+        memory2=jnp.where(stays, jnp.inf, before.memory2),
         share=jnp.where(stays, jnp.zeros([], dtype), before.share),
       )
       last = treedef.flatten_up_to(state.grads)

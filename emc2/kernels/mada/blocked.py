@@ -94,8 +94,8 @@ def _run(kept, read, k, settings):
   """One block: what is kept, and what the products are the sums of."""
   (moments, grad), (new_grad, hyper_grad) = kept, read
   after = reference.advance(moments, grad, k, settings)
-  slopes = reference.derivatives(moments, after, grad, k, settings)
   along = new_grad if hyper_grad is None else hyper_grad
+  slopes = reference.derivatives(moments, after, grad, k, settings, along)
   zero = jnp.zeros_like(along)
-  terms = [zero if slope is None else along * slope for slope in slopes]
-  return (after, new_grad), tuple(terms)
+  terms = tuple(zero if slope is None else slope for slope in slopes)
+  return (after, new_grad), terms

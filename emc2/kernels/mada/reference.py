@@ -52,6 +52,7 @@ class Scalars(NamedTuple):
   gamma: jax.Array
   first: jax.Array  # 1 at t = 1, else 0.
   share: jax.Array  # 1 / t: of the newest v in its mean.
+  memory2: jax.Array  # 1 / (1 - beta2): steps that v remembers.
   scale1: jax.Array  # 1 / (1 - beta1^t).
   scale2: jax.Array  # 1 / (1 - beta2^t).
   slope1: jax.Array  # d scale1 / d beta1.
@@ -71,6 +72,7 @@ class Scalars(NamedTuple):
       *(b1, b2, b3, rho, c, gamma),
       first=(t == 1).astype(dtype),
       share=1 / t,
+      memory2=1 / (1 - b2),
       scale1=1 / left1,
       scale2=1 / left2,
       slope1=t * b1 ** (t - 1) / left1**2,
@@ -88,7 +90,7 @@ class _Target(NamedTuple):
   difference: jax.Array | None  # d: to the gradient before.
   corrected: jax.Array  # The gradient, moved on by its difference.
   side: jax.Array  # Sign of its square less v.
-  value: jax.Array
+  move: jax.Array  # Of v.
 
 
 def sign(x: jax.Array) -> jax.Array:
@@ -111,7 +113,7 @@ def advance(
     Moments whose `previous` is `grad`.
   """
   target = _target(moments, grad, k, settings)
-  nu = k.b2 * moments.nu + (1 - k.b2) * target.value
+  nu = moments.nu + target.move
   if settings.maximum:
     nu_bar = jnp.maximum(moments.nu_bar, nu)
   else:
@@ -161,6 +163,7 @@ def derivatives(
   grad: jax.Array,
   k: Scalars,
   settings: Settings,
+  along: jax.typing.ArrayLike = 1.0,
 ) -> tuple[jax.Array | None, ...]:
   """Of :func:`direction` in each coefficient, entry by entry.
 
@@ -170,6 +173,7 @@ def derivatives(
     grad: Of the same shape and dtype.
     k: Of this update, in the dtype of the leaf.
     settings: As they are.
+    along: What the derivatives are multiplied by.
 
   Returns:
     Six arrays of the shape of `grad`, in the order of the coefficients; None
@@ -177,33 +181,35 @@ def derivatives(
   """
   target = _target(moments, grad, k, settings)
   root, top = _root(after, k), _numerator(after, k)
-  inverse = 1 / (root + k.eps)
-  # Of the adaptive part in the corrected second moment.
-  bend = jnp.where(
-    root < SMALLEST_ROOT, 0, -top * jnp.square(inverse) / (2 * root)
-  ) * (k.gamma * k.scale2)
-  inverse = k.gamma * inverse
-  mixed = k.rho * after.nu + (1 - k.rho) * after.nu_bar
+  bottom = root + k.eps
+  # The adaptive part over its numerator, and its derivative in the corrected
+  # second moment; a root that has no inverse makes that 0.
+  pull = along / bottom
+  safe = jnp.where(root < SMALLEST_ROOT, jnp.inf, root)
+  bend = pull * top / (bottom * safe)
+  bent = -k.gamma * k.scale2 / 2
   rho = k.rho + (1 - k.rho) * k.share if settings.through_mean else k.rho
-  inside = bend * (rho * (1 - k.b2))
+  inside = bent * rho * (1 - k.b2)
   square = jnp.square(target.corrected)
   b3 = gamma = None
   if moments.delta is not None:
-    d = target.difference
-    spread = 2 * target.corrected * d * (k.c + (1 - k.c) * target.side)
-    delta = moments.delta
+    d, delta = target.difference, moments.delta
     if settings.released_init:
       delta = delta + k.first * jnp.square(grad)
-    b3 = inverse * (after.delta + k.b3 * (delta - d)) + inside * spread
+    spread = target.corrected * d * (k.c + (1 - k.c) * target.side)
+    b3 = k.gamma * pull * (after.delta + k.b3 * (delta - d))
+    b3 = b3 + 2 * inside * bend * spread
   if moments.lion is not None:
-    side = _lion(moments, after, grad, k, settings)
-    gamma = top / (root + k.eps) - side
+    gamma = pull * top - along * _lion(moments, after, grad, k, settings)
+  mean = k.scale1 * (moments.mu - grad) + k.slope1 * after.mu
+  # From the root: the second moment that it was taken of, before its scale.
+  mixed = jnp.square(root) / k.scale2
   return (
-    inverse * (k.scale1 * (moments.mu - grad) + k.slope1 * after.mu),
-    bend * (rho * (moments.nu - target.value) + k.slope2 * mixed),
+    k.gamma * pull * mean,
+    bent * bend * (k.slope2 * mixed - rho * k.memory2 * target.move),
     b3,
-    bend * (after.nu - after.nu_bar),
-    inside * (square - moments.nu - square * target.side),
+    bent * bend * (after.nu - after.nu_bar),
+    inside * bend * (square - moments.nu - square * target.side),
     gamma,
   )
 
@@ -231,12 +237,10 @@ def exchange(
     `hyper_grad` with :func:`derivatives`; 0 for one that the moments fix.
   """
   after = advance(moments, grad, k, settings)
-  slopes = derivatives(moments, after, grad, k, settings)
   along = new_grad if hyper_grad is None else hyper_grad
+  slopes = derivatives(moments, after, grad, k, settings, along)
   zero = jnp.zeros([], along.dtype)
-  products = [
-    zero if slope is None else jnp.sum(along * slope) for slope in slopes
-  ]
+  products = [zero if slope is None else jnp.sum(slope) for slope in slopes]
   return after, new_grad, jnp.stack(products)
 
 
@@ -250,7 +254,9 @@ def _target(moments, grad, k, settings):
   square = jnp.square(corrected)
   side = sign(square - moments.nu)
   value = k.c * square + (1 - k.c) * (moments.nu + square * side)
-  return _Target(difference, corrected, side, value)
+  # A quotient, for XLA keeps one where a product is made anew by each reader.
+  move = (value - moments.nu) / k.memory2
+  return _Target(difference, corrected, side, move)
 
 
 def _numerator(after, k):
