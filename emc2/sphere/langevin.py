@@ -64,7 +64,9 @@ def step(
   heat = schedules.evaluate(temperature, state.count, points.dtype)
   noise = jax.random.normal(key, points.shape, points.dtype)
   noise = manifold.project(points, noise)
-  vectors = jnp.sqrt(2 * rate * heat) * noise - rate * gradient
+  # A schedule that falls to 0 may round to less.
+  scale = jnp.sqrt(jnp.maximum(2 * rate * heat, 0))
+  vectors = scale * noise - rate * gradient
   moved, limited = manifold.move(points, vectors, max_step)
   info = Info(
     energy=energy, gradient_norm=jnp.linalg.norm(gradient), limited=limited
