@@ -164,7 +164,7 @@ def scale_by_mada(
     hyper_clip: Greatest magnitude of each :math:`h`, or None.
     hyper_start: Static; this many updates are made before any learning.
     hyper_delay: Static; 1 applies :math:`q_t` at update :math:`t + 1`, so that
-      an update needs no number from the whole gradient: one pass, not two.
+      no update waits for a number from the whole gradient.
     hyper_through_mean: Static; True also takes the derivative of
       :math:`\bar v_t`.
     second_moment: Static; 'avgrad', or 'amsgrad' for the maximum of all
