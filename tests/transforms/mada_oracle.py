@@ -169,11 +169,10 @@ def run(
     h = np.zeros(6)
     if before is not None and t > hyper_start:
       old, old_grads, old_q, old_rate = before
-      for i, name in enumerate(NAMES):
-        if name in learn:
-          for k in params:
-            slope = slopes(old[k], old_grads[k], old_q, t - 1, family)[i]
-            h[i] -= old_rate * np.sum(hyper_grads[k] * slope)
+      for k in params:
+        parts = slopes(old[k], old_grads[k], old_q, t - 1, family)
+        products = [np.sum(hyper_grads[k] * part) for part in parts]
+        h -= old_rate * np.where([name in learn for name in NAMES], products, 0)
     if clip is not None:
       h = h * np.minimum(1, clip / (np.abs(h) + 1e-6))
     buffer = momenta * buffer + h
