@@ -103,7 +103,7 @@ def draw_ends(axis: Any, panel: Trained) -> None:
   for i, (name, log) in enumerate(panel.logs.items()):
     before, after = log['validation_loss'][1][[0, -1]]
     color, diverged = COLORS[name], log['diverged']
-    losses = np.where(diverged, before, after)
+    losses = np.where(after <= before, after, before)
     for chosen, face in ((~panel.good, color), (panel.good, 'w')):
       dots = chosen & ~diverged
       axis.scatter(

@@ -7,11 +7,13 @@ from unittest import mock
 import pytest
 from absl.testing import parameterized
 
-nbformat = pytest.importorskip('nbformat')
-nbclient = pytest.importorskip('nbclient')
+nbformat = pytest.importorskip('nbformat', reason='extra notebooks')
+nbclient = pytest.importorskip('nbclient', reason='extra notebooks')
 
 ROOT = pathlib.Path(__file__).parents[1]
-NOTEBOOKS = sorted(path.name for path in (ROOT / 'notebooks').glob('*.ipynb'))
+NOTEBOOKS = sorted(
+  (path.name,) for path in (ROOT / 'notebooks').glob('*.ipynb')
+)
 
 
 def _read(name):
