@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import random as random_internals
@@ -156,6 +157,7 @@ class PlainTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(False, True)
+  @pytest.mark.slow
   def test_both_forms_agree_on_many_keys(self, own_steps):
     _, *args = problem(16, 20, seed=3)
     keys = jax.random.bits(jax.random.key(5), (500, 2), jnp.uint32)
@@ -208,6 +210,7 @@ class PlainTest(parameterized.TestCase):
     np.testing.assert_array_equal(got.accepted, 6)
 
   @parameterized.parameters(*PLAIN)
+  @pytest.mark.slow
   def test_high_inverse_temperature_runs_the_maximum(self, implementation):
     c, discard = 40, 10
     rng = np.random.default_rng(0)
@@ -302,6 +305,7 @@ class PlainTest(parameterized.TestCase):
     errors = share.std(axis=0, ddof=1) / np.sqrt(trials)
     np.testing.assert_array_less(np.abs(share.mean(axis=0) - p), 4 * errors)
 
+  @pytest.mark.slow
   def test_rows_are_independent(self):
     key, *rest = args = problem(10, 20)
     whole = run(args, discard=9)
@@ -341,6 +345,7 @@ class PlainTest(parameterized.TestCase):
     for slope in slopes:
       np.testing.assert_array_equal(slope, jnp.zeros_like(slope))
 
+  @pytest.mark.slow
   def test_traced_inverse_temperature(self):
     args = problem(4, 8)
     fn = jax.jit(
@@ -386,6 +391,7 @@ class PlainTest(parameterized.TestCase):
     want = run(args, discard=11, implementation=implementation)
     assert_same(got, jax.tree.map(lambda x: x[order], want))
 
+  @pytest.mark.slow
   def test_runs_on_the_device_that_is_here(self):
     kernel = {'gpu': 'pallas_gpu', 'tpu': 'pallas_tpu'}
     args = problem(70, 140, d=72)
