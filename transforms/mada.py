@@ -176,8 +176,10 @@ def scale_by_mada(
     mu_dtype: Of :math:`m, n, l` and the kept gradients; that of the params by
       default. :math:`v` and :math:`\bar v` are float32 or wider.
     axis_name: In :func:`jax.shard_map`, the mesh axes over which any leaf is
-      split; the hyper-gradient is summed over them. Gradients are averaged
-      over other axes before. Under :func:`jax.jit` alone leave it None.
+      split; the hyper-gradient is summed over them, by one reduction of six
+      numbers. Gradients are averaged over other axes before. Under
+      :func:`jax.jit` alone leave it None; XLA then reduces some numbers a leaf
+      once for each split axis of the params.
 
   Returns:
     The transform. It holds seven arrays for each of the params; six where
@@ -415,7 +417,7 @@ def mada(
     weight_decay: :math:`\lambda`, at least 0.
     mask: Which leaves decay: a pytree of bools that is a prefix of the params,
       or a function from params to one; the leaves of more than one axis by
-      default. In :func:`optax.inject_hyperparams` name it in `static_args`.
+      default.
     learn: As in :func:`scale_by_mada`.
     bounds: Likewise.
     hyper_learning_rate: Likewise.
@@ -435,7 +437,10 @@ def mada(
   Returns:
     The transform. Its update needs `params`, and takes `hyper_grads`: give it
     the gradients as they were if they are clipped before,
-    `optax.chain(optax.clip_by_global_norm(1.0), mada(...))`.
+    `optax.chain(optax.clip_by_global_norm(1.0), mada(...))`. In
+    :func:`optax.inject_hyperparams` name `hyper_start`, `hyper_delay` and
+    `mask` in `static_args`; the coefficients that it holds are the first ones,
+    which only `init` reads.
 
   Raises:
     ValueError: As :func:`scale_by_mada` does.
