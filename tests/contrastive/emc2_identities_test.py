@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from scipy import stats
 
@@ -105,6 +106,7 @@ def _error(method, batch_size, visits=2000):
 
 class BiasTest(parameterized.TestCase):
   @parameterized.parameters((4, 0.037), (16, 0.017))
+  @pytest.mark.slow
   def test_10_uniform_proposals_are_unbiased(self, batch_size, want):
     short = _error('EMC2, uniform proposals', batch_size, 500)
     long = _error('EMC2, uniform proposals', batch_size)
@@ -137,6 +139,7 @@ class BiasTest(parameterized.TestCase):
 
 
 class TrainingTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_toy_ends_nearer_to_stationary(self):
     end = lambda name: np.mean(
       toys.training_toy(
@@ -147,6 +150,7 @@ class TrainingTest(parameterized.TestCase):
     self.assertBetween(simclr, 1e-2, 5e-2)
     self.assertLess(5 * end('EMC2, burn-in 0.5'), simclr)
 
+  @pytest.mark.slow
   def test_rate_has_no_floor(self):
     slope, _ = toys.rate_slope(toys.METHODS['EMC2, burn-in 0.5'])
     self.assertLessEqual(slope, -0.2)

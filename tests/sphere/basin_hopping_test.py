@@ -80,6 +80,7 @@ class MovesTest(parameterized.TestCase):
     gram = lambda y: np.asarray(y)[inside] @ np.asarray(y)[inside].T
     np.testing.assert_allclose(gram(moved), gram(x), atol=1e-5)
 
+  @pytest.mark.slow
   def test_a_point_goes_where_there_is_room(self):
     """Two points almost meet, and one of them leaves for the empty half."""
     x = sphere.draw_uniform(jax.random.key(0), 30, 3)
@@ -106,6 +107,7 @@ class WalkTest(parameterized.TestCase):
     run = jax.jit(functools.partial(algorithm.scan, step=method.step))
     return run(jax.random.key(2), state, jnp.arange(num_steps))
 
+  @pytest.mark.slow
   def test_at_no_temperature_it_never_rises(self):
     state, infos = self._run(200, temperature=0.0, max_rejected=10**6)
     np.testing.assert_array_equal(state.energy, state.best_energy)
@@ -127,6 +129,7 @@ class WalkTest(parameterized.TestCase):
     want = np.exp(-0.5 / 0.5)
     self.assertAlmostEqual(float(infos.accepted.mean()), want, delta=0.03)
 
+  @pytest.mark.slow
   def test_starts_anew_after_refusals(self):
     state, infos = self._run(300, temperature=0.0, max_rejected=5)
     self.assertTrue(infos.restarted.any())

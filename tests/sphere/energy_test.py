@@ -84,6 +84,7 @@ class EnergyTest(Float64TestCase):
     np.testing.assert_allclose(mixed[1], gradient[order], rtol=1e-7)
 
   @parameterized.parameters((2, 2), (12, 3))
+  @pytest.mark.slow
   def test_curvature_at_a_minimum(self, n, zero_modes):
     """Identity 7: rotations cost nothing, all else does."""
     x = {
