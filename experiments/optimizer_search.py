@@ -2,7 +2,35 @@
 
   python -m emc2.experiments.optimizer_search --workdir=runs/optimizer_search
 
-MEASURED
+trains a convolutional net on scikit-learn's digits in 24 runs from 12 starts, a
+small decoder on docstrings from 6, and Reddi's problem, each by eight
+optimisers: some ten minutes on two busy CPU cores, no download. That command,
+with JAX 0.10.2, came to these training losses at the end:
+
+              digits             text
+              median    max      median   max
+  adam        0.0132    lost     3.04     lost
+  hyper_adam  0.0121    0.0975   2.94     3.54
+  mada        0.0071    0.0235   2.87     2.96
+  avgrad      0.0041    0.0107   3.04     3.33
+  amsgrad     0.0232    0.0493   2.87     3.17
+  yogi        0.0197    0.0432   2.78     3.20
+  adan        0.0180    lost     3.00     lost
+  lion        0.1111    0.2093   2.61     2.98
+
+where 'lost' is above the first loss: 6 of Adam's 24 runs on digits and 2 of 6
+on text were, of MADA's none. mada_vs_adam.p_value was 7e-4 on digits (22 pairs)
+and 0.125 on text (5). Reddi's x was 0.994 of Adam, 0.328 of MADA and -0.204 of
+AVGrad, with average regrets 0.223, 0.156 and 0.134. So MADA repairs the starts
+that break Adam; it is not the best of all, and AMSGrad, AVGrad, Yogi and Lion
+forgive these starts too.
+
+On the specification's net and starts (64-32-10, tanh; 1,000 steps, one seed):
+
+  learning rate   Adam           HyperAdam      MADA, median / max
+  0.01            0.0137 / 0.585 0.0124 / 0.028 0.0030 / 0.012
+  0.03            0.0211 / 2.320 0.0136 / 0.049 0.0019 / 0.015
+  0.001           0.126 / 0.140  0.120 / 0.140  0.118 / 0.136
 
 `figure.png` shows where each optimiser ended from each start, how it came
 there, and the paths of MADA's coefficients. With PROBLEM of 'digits' (a small
@@ -647,6 +675,9 @@ def train_reddi(
 
   x = jnp.zeros([])
   steps_per_call = _largest_divisor(config.reddi_steps, 1_000)
+  # At one place of the period, or the regret would be a saw.
+  log_every = max(1, config.reddi_steps // 200)
+  log_every = log_every // PERIOD * PERIOD or log_every
   runner.train(
     ReddiState(x, tx.init(x), jnp.zeros([])),
     step,
@@ -655,7 +686,7 @@ def train_reddi(
     workdir=workdir,
     name=name,
     steps_per_call=steps_per_call,
-    log_every=max(1, config.reddi_steps // 200),
+    log_every=log_every,
     checkpoint_every=100 * steps_per_call,
   )
   seconds = config.reddi_steps * runner.seconds_per_step(workdir)

@@ -154,6 +154,7 @@ def draw_coefficients(axis: Any, log: Log | None) -> None:
     if name not in ('b1', 'b2') or not several:
       axis.plot(steps, np.nanmedian(values, axis=1), color=color, lw=2.2)
   axis.set(xlabel='step', ylabel="MADA's coefficients", ylim=(-0.04, 1.04))
+  axis.locator_params(axis='x', nbins=5)
   axis.set_title('A line for each run; thick: the median', fontsize=10)
   _finish(axis)
 
@@ -173,6 +174,7 @@ def draw_reddi(column: np.ndarray, panel: Reddi) -> None:
   below.set(ylabel=r'average regret $R_t / t$', xlabel='step')
   below.set_ylim(bottom=0.0)
   for axis in (above, below):
+    axis.locator_params(axis='x', nbins=5)
     _finish(axis)
 
 
