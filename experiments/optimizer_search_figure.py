@@ -165,8 +165,11 @@ def draw_reddi(column: np.ndarray, panel: Reddi) -> None:
   for name, log in panel.logs.items():
     # Adam and its like end on one line.
     style = dict(color=COLORS[name], lw=2.0, alpha=0.85)
-    above.plot(*log['x'], **style)
-    below.plot(*log['loss'], **style)
+    for axis, key in ((above, 'x'), (below, 'loss')):
+      steps, values = log[key]
+      # The end may be at another place of the period than the rest.
+      whole = steps % steps[0] == 0
+      axis.plot(steps[whole], values[whole], **style)
   above.set(
     ylabel=r'$x_t$; the best is $-1$', xlabel='step', ylim=(-1.06, 1.06)
   )
