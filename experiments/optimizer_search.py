@@ -25,7 +25,7 @@ AVGrad, with average regrets 0.223, 0.156 and 0.134. So MADA repairs the starts
 that break Adam; it is not the best of all, and AMSGrad, AVGrad, Yogi and Lion
 forgive these starts too.
 
-On the specification's net and starts (64-32-10, tanh; 1,000 steps, one seed):
+On a smaller net from the same starts (64-32-10, tanh; 1,000 steps, one seed):
 
   learning rate   Adam           HyperAdam      MADA, median / max
   0.01            0.0137 / 0.585 0.0124 / 0.028 0.0030 / 0.012
@@ -59,7 +59,7 @@ and for 'reddi', on which Adam goes to the worst point of [-1, 1],
 A start is a pair (b1, b2); it is good where 0.8 <= b1 <= 0.95 and b2 >= 0.9.
 All runs of one seed have the same first parameters and batches. The pairs of
 one seed are no independent samples of tasks: the test speaks of these starts.
-Other text: `--config.text=FILE`. The specification's table of starts:
+Other text: `--config.text=FILE`. The second table, at the rate 0.01:
 `--config.problem=digits --config.digits_model=mlp --config.num_steps=1000`.
 A decoder of GPT-2's 124M: `--config.problem=text --config.preset=gpt2_small`.
 """
