@@ -7,6 +7,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from PIL import Image
 
@@ -102,6 +103,7 @@ class ContrastiveTest(parameterized.TestCase):
     )
 
   @parameterized.parameters('emc2', 'negative_cache')
+  @pytest.mark.slow
   def test_2_processes_equal_1_and_share_the_reading(self, method):
     settings = SMALL | dict(
       method=method,
@@ -135,6 +137,7 @@ class ContrastiveTest(parameterized.TestCase):
     ('stl10_resnet18', (96, 96, 3)),
     ('imagenet100_resnet50', (256, 256, 3)),
   )
+  @pytest.mark.slow
   def test_presets_lower(self, preset, image_shape):
     config = contrastive.resolve(contrastive.Config(preset=preset))
     images = np.zeros((2 * config.batch_size, *image_shape), np.uint8)
