@@ -37,7 +37,6 @@ class NotebooksTest(parameterized.TestCase):
       self.assertIsNone(cell.execution_count)
 
   @parameterized.parameters(*NOTEBOOKS)
-  @pytest.mark.slow
   # Of the event loop and the sockets between this process and the kernel.
   @pytest.mark.filterwarnings('ignore')
   def test_runs(self, name):
