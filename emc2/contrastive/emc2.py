@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from emc2.contrastive import estimator
 from emc2.kernels import metropolis
@@ -452,7 +453,7 @@ def _incoming(key, memory, params, batch, embed_fn, settings, visit):
 
 def _pull(counts, rows, columns):
   """Gradients of `_weighted_scores`: to rows (n, d) and to columns (c, d)."""
-  wide = jnp.promote_types(rows.dtype, jnp.float32)
+  wide = np.promote_types(rows.dtype, np.float32)
   matmul = functools.partial(jnp.matmul, preferred_element_type=wide)
   weights = counts.astype(rows.dtype)
   return matmul(weights, columns), matmul(weights.T, rows)
@@ -464,7 +465,7 @@ def _pull_blocks(counts, rows, columns):
   The sum over columns goes to the transposed rows: a matmul that contracts the
   leading axis of the larger array takes twice the time.
   """
-  wide = jnp.promote_types(rows.dtype, jnp.float32)
+  wide = np.promote_types(rows.dtype, np.float32)
   matmul = functools.partial(jnp.matmul, preferred_element_type=wide)
   n, c = counts.shape
   num_blocks = -(-c // max(_MIN_COLUMNS, _BLOCK_ENTRIES // n))
