@@ -155,7 +155,6 @@ def draw_coefficients(axis: Any, log: Log | None) -> None:
       axis.plot(steps, np.nanmedian(values, axis=1), color=color, lw=2.2)
   axis.set(xlabel='step', ylabel="MADA's coefficients", ylim=(-0.04, 1.04))
   axis.locator_params(axis='x', nbins=5)
-  axis.locator_params(axis='x', nbins=5)
   axis.set_title('A line for each run; thick: the median', fontsize=10)
   _finish(axis)
 

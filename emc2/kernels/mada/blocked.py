@@ -93,9 +93,6 @@ def exchange(
 def _run(kept, read, k, settings):
   """One block: what is kept, and what the products are the sums of."""
   (moments, grad), (new_grad, hyper_grad) = kept, read
-  after = reference.advance(moments, grad, k, settings)
   along = new_grad if hyper_grad is None else hyper_grad
-  slopes = reference.derivatives(moments, after, grad, k, settings, along)
-  zero = jnp.zeros_like(along)
-  terms = tuple(zero if slope is None else slope for slope in slopes)
+  after, terms = reference.advance_along(moments, grad, along, k, settings)
   return (after, new_grad), terms

@@ -87,6 +87,7 @@ class Scalars(NamedTuple):
 class _Target(NamedTuple):
   """What the second moment follows."""
 
+  delta: jax.Array | None  # n before the gradient.
   difference: jax.Array | None  # d: to the gradient before.
   corrected: jax.Array  # The gradient, moved on by its difference.
   side: jax.Array  # Sign of its square less v.
@@ -118,10 +119,8 @@ def advance(
     nu_bar = jnp.maximum(moments.nu_bar, nu)
   else:
     nu_bar = moments.nu_bar + k.share * (nu - moments.nu_bar)
-  delta, lion = moments.delta, moments.lion
+  delta, lion = target.delta, moments.lion
   if delta is not None:
-    if settings.released_init:
-      delta = delta + k.first * jnp.square(grad)
     delta = k.b3 * delta + (1 - k.b3) * target.difference
   if lion is not None:
     lion = k.lion_b2 * lion + (1 - k.lion_b2) * grad
@@ -193,11 +192,9 @@ def derivatives(
   square = jnp.square(target.corrected)
   b3 = gamma = None
   if moments.delta is not None:
-    d, delta = target.difference, moments.delta
-    if settings.released_init:
-      delta = delta + k.first * jnp.square(grad)
+    d = target.difference
     spread = target.corrected * d * (k.c + (1 - k.c) * target.side)
-    b3 = k.gamma * pull * (after.delta + k.b3 * (delta - d))
+    b3 = k.gamma * pull * (after.delta + k.b3 * (target.delta - d))
     b3 = b3 + 2 * inside * bend * spread
   if moments.lion is not None:
     gamma = pull * top - along * _lion(moments, after, grad, k, settings)
@@ -236,19 +233,44 @@ def exchange(
     The moments after `grad`, `new_grad`, and the inner products (6,) of
     `hyper_grad` with :func:`derivatives`; 0 for one that the moments fix.
   """
-  after = advance(moments, grad, k, settings)
   along = new_grad if hyper_grad is None else hyper_grad
+  after, slopes = advance_along(moments, grad, along, k, settings)
+  return after, new_grad, jnp.stack([jnp.sum(slope) for slope in slopes])
+
+
+def advance_along(
+  moments: Moments,
+  grad: jax.Array,
+  along: jax.Array,
+  k: Scalars,
+  settings: Settings,
+) -> tuple[Moments, tuple[jax.Array, ...]]:
+  """The moments after `grad`, and all six slopes times `along`.
+
+  Args:
+    moments: Before `grad`.
+    grad: Of the last update.
+    along: The gradient after it.
+    k: Of the last update, in the dtype of the leaf.
+    settings: As they are.
+
+  Returns:
+    The moments, and the terms of the inner products that :func:`exchange`
+    returns; 0 for a coefficient that the moments fix.
+  """
+  after = advance(moments, grad, k, settings)
   slopes = derivatives(moments, after, grad, k, settings, along)
-  zero = jnp.zeros([], along.dtype)
-  products = [zero if slope is None else jnp.sum(slope) for slope in slopes]
-  return after, new_grad, jnp.stack(products)
+  zero = jnp.zeros_like(along)
+  return after, tuple(zero if slope is None else slope for slope in slopes)
 
 
 def _target(moments, grad, k, settings):
-  difference, corrected = None, grad
-  if moments.delta is not None:
+  delta, difference, corrected = moments.delta, None, grad
+  if delta is not None:
     difference = grad - moments.previous
-    if not settings.released_init:
+    if settings.released_init:
+      delta = delta + k.first * jnp.square(grad)
+    else:
       difference = (1 - k.first) * difference
     corrected = grad + k.b3 * difference
   square = jnp.square(corrected)
@@ -256,7 +278,7 @@ def _target(moments, grad, k, settings):
   value = k.c * square + (1 - k.c) * (moments.nu + square * side)
   # A quotient, for XLA keeps one where a product is made anew by each reader.
   move = (value - moments.nu) / k.memory2
-  return _Target(difference, corrected, side, move)
+  return _Target(delta, difference, corrected, side, move)
 
 
 def _numerator(after, k):
