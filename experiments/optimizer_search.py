@@ -710,13 +710,16 @@ def summarize(plan: Plan, logs: dict[str, dict[str, Any]]) -> dict[str, float]:
   """
   summary, finals = {}, {}
   for name, log in logs.items():
-    for prefix in ('train', 'validation'):
-      losses = cap(log[f'{prefix}_loss'][1])
+    ends = {
+      prefix: optimizer_search_figure.cap(log[f'{prefix}_loss'][1])[-1]
+      for prefix in ('train', 'validation')
+    }
+    for prefix, losses in ends.items():
       start = '' if prefix == 'train' else f'{prefix}_'
       for statistic in (np.median, np.mean, np.max):
         key = f'{name}.{start}{statistic.__name__}'
         summary[key] = float(statistic(losses))
-    finals[name] = cap(log['train_loss'][1])
+    finals[name] = ends['train']
     summary[f'{name}.num_diverged'] = float(np.sum(log['diverged']))
     summary[f'{name}.seconds'] = log['seconds']
   bad = np.array([not is_good(start) for start in plan.starts])
@@ -725,11 +728,6 @@ def summarize(plan: Plan, logs: dict[str, dict[str, Any]]) -> dict[str, float]:
     compared = compare(finals['mada'][bad], finals['adam'][bad])
     summary |= {f'mada_vs_adam.{k}': x for k, x in compared.items()}
   return summary
-
-
-def cap(losses: np.ndarray) -> np.ndarray:
-  """Of losses (m, runs) the last, or the first where that is less or no NaN."""
-  return np.where(losses[-1] <= losses[0], losses[-1], losses[0])
 
 
 def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:

@@ -45,6 +45,14 @@ class Reddi(NamedTuple):
   logs: Mapping[str, Log]  # By optimiser.
 
 
+def cap(losses: np.ndarray) -> np.ndarray:
+  """Losses (m, runs), those above the first of their run, or NaN, as that.
+
+  Above its first loss a run is lost, wherever it goes.
+  """
+  return np.where(losses <= losses[0], losses, losses[0])
+
+
 def draw(panels: Sequence[Trained | Reddi]) -> Any:
   """Draws a column for each problem: the ends, the way, the coefficients.
 
@@ -101,9 +109,8 @@ def draw_ends(axis: Any, panel: Trained) -> None:
   rng = np.random.default_rng(0)
   shift = rng.uniform(-0.27, 0.27, panel.good.size)
   for i, (name, log) in enumerate(panel.logs.items()):
-    before, after = log['validation_loss'][1][[0, -1]]
     color, diverged = COLORS[name], log['diverged']
-    losses = np.where(after <= before, after, before)
+    losses = cap(log['validation_loss'][1])[-1]
     for chosen, face in ((~panel.good, color), (panel.good, 'w')):
       dots = chosen & ~diverged
       axis.scatter(
@@ -125,9 +132,7 @@ def draw_way(axis: Any, panel: Trained) -> None:
   """Draws the median of the training loss, and of two the whole range."""
   for name, log in panel.logs.items():
     steps, losses = log['train_loss']
-    # Above its first loss a run is lost, wherever it goes.
-    losses = np.where(losses < losses[0], losses, losses[0])
-    color = COLORS[name]
+    losses, color = cap(losses), COLORS[name]
     middle, low, high = (f(losses, axis=1) for f in (np.median, np.min, np.max))
     axis.plot(steps, middle, color=color, lw=2.0)
     if name in ('adam', 'mada'):
