@@ -5,8 +5,16 @@ The core knows jax and numpy only. Gradient transformations stand in
 from here.
 """
 
-from emc2 import algorithm, contrastive, kernels, mesh, sphere
+from emc2 import algorithm, contrastive, kernels, mesh, ring, sphere, topics
 
 __version__ = '0.1.0'
 
-__all__ = ['algorithm', 'contrastive', 'kernels', 'mesh', 'sphere']
+__all__ = [
+  'algorithm',
+  'contrastive',
+  'kernels',
+  'mesh',
+  'ring',
+  'sphere',
+  'topics',
+]

@@ -1,0 +1,1 @@
+"""One tile of a topic model: scores, ratio and both products at once."""

@@ -1,0 +1,1 @@
+"""Blocks that travel over the devices while the data stay."""

@@ -1,0 +1,1 @@
+"""Mixtures of conjugate exponential families."""
