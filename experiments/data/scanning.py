@@ -131,11 +131,14 @@ def first_lines(path: pathlib.Path, count: int) -> list[bytes]:
 
   A line of more than 80 bytes is cut there.
   """
+  found = []
   for lines in read_lines(path):
     file = io.BytesIO(lines.text)
-    found = [file.readline(81)[:80] for _ in range(count)]
-    return [line for line in found if line]
-  return []
+    while len(found) < count and (line := file.readline(81)):
+      found.append(line[:80])
+    if len(found) == count:
+      break
+  return found
 
 
 def integers(
@@ -213,15 +216,15 @@ def sorted_pairs(
   documents = np.repeat(np.arange(sizes.size), sizes)
   keys = documents * (last + 1) + word_ids
   if (keys[1:] <= keys[:-1]).any():
-    order = np.argsort(keys, kind='stable')
-    keys, word_ids, counts = keys[order], word_ids[order], counts[order]
-    twice = np.flatnonzero(keys[1:] == keys[:-1]) + 1
-    if twice.size:
-      pair = twice[np.argmin(order[twice])]
+    order = np.argsort(keys)
+    if (np.diff(keys[order]) == 0).any():
+      order = np.argsort(keys, kind='stable')  # Slower; tells which is second.
+      second = order[1:][np.diff(keys[order]) == 0].min()
       raise ValueError(
-        f'{where(order[pair])}: expected each word once in a document, got '
-        f'word {word_ids[pair] + base} again.'
+        f'{where(second)}: expected each word once in a document, got word '
+        f'{word_ids[second] + base} again.'
       )
+    word_ids, counts = word_ids[order], counts[order]
   return word_ids.astype(np.int32), counts.astype(np.int32)
 
 

@@ -14,9 +14,7 @@ import numpy as np
 
 from emc2.experiments.data import corpus, scanning
 
-_LINES = re.compile(
-  rb'(?:[ \t]*+\d{1,18}+[ \t]++\d{1,18}+[ \t]++\d{1,18}+[ \t]*+\r?+\n)*+'
-)
+_LINES = re.compile(rb'(?:\d{1,18}+ ++\d{1,18}+ ++\d{1,18}+[ \t\r]*+\n)*+')
 _EXPECTED = "a pair 'document word count'"
 _HEADER = ('documents', 'words', 'pairs')
 
