@@ -111,22 +111,29 @@ def _plan(key, num_rows, num_blocks):
   height = num_rows // num_blocks
   room = -(-height // num_blocks)
   blocks = jnp.arange(num_blocks, dtype=jnp.int32)
-  slots = jnp.arange(height, dtype=jnp.int32)
-  shuffle = lambda i: jax.random.permutation(jax.random.fold_in(key, i), slots)
-  shuffles = jax.vmap(shuffle)(blocks)
+  shuffles = jax.vmap(lambda i: _permutation(key, i, height))(blocks)
   row = _between(key, blocks[None, :], blocks[:, None], num_blocks, room)
   row = row.reshape(num_blocks, -1)
-  empty = (row >= height).astype(jnp.int32)
-  position = jnp.argsort(empty, axis=1, stable=True)[:, :height]
-  position = position.astype(jnp.int32)
+  # The places that hold a row, in order; a row beyond the last is none.
+  full = row < height
+  rank = jnp.where(full, jnp.cumsum(full, axis=1) - 1, height)
+  places = jnp.arange(row.shape[1], dtype=jnp.int32)
+  fill = lambda rank: (
+    jnp.zeros(height, jnp.int32).at[rank].set(places, mode='drop')
+  )
+  position = jax.vmap(fill)(rank)
   row = jnp.take_along_axis(row, position, axis=1)
   return shuffles, position // room, row, position
 
 
 def _between(key, source, target, num_blocks, room):
   """The rows that go from block `source` to `target`, (..., room)."""
-  blocks = jnp.arange(num_blocks, dtype=jnp.int32)
-  key = jax.random.fold_in(key, num_blocks)
-  inverse = jnp.argsort(jax.random.permutation(key, blocks)).astype(jnp.int32)
+  inverse = _permutation(key, num_blocks, num_blocks)
   first = inverse[(target - source) % num_blocks]
   return jnp.add.outer(first, num_blocks * jnp.arange(room, dtype=jnp.int32))
+
+
+def _permutation(key, number, size):
+  """One sort, where `jax.random.permutation` sorts more than once."""
+  bits = jax.random.bits(jax.random.fold_in(key, number), (size,))
+  return jnp.argsort(bits).astype(jnp.int32)

@@ -85,8 +85,7 @@ def init(
   axis_name: str | None = None,
 ) -> State:
   """Starts from responsibilities (W, n, K), or draws them; see :func:`esvi`."""
-  model, num_blocks = settings.model, settings.num_blocks
-  num_components = model.num_components
+  num_components = settings.model.num_components
   ids_key, z_key = jax.random.split(key)
   ids = jnp.arange(num_components, dtype=jnp.int32)
   ids = jax.random.permutation(ids_key, ids)
@@ -113,7 +112,7 @@ def step(
   axis_name: str | None = None,
 ) -> tuple[State, Info]:
   """One rotation; under `shard_map` what one device does of it."""
-  model, num_blocks = settings.model, settings.num_blocks
+  num_blocks = settings.num_blocks
   active_key, order_key = jax.random.split(key)
   places = _places(batch, axis_name)
   own = state.ids.reshape(num_blocks, -1)[places]
@@ -357,12 +356,12 @@ def _update(z, statistics, data, active, *, settings):
   most = inner_batch or model_lib.rows_at_once(z.shape[0])
   num_chunks = -(-z.shape[1] // most)
   height = -(-z.shape[1] // num_chunks)
-  # The last chunk may start within the one before it. Those rows are where they
-  # would go; with `inner_batch` there are none.
-  starts = np.minimum(np.arange(num_chunks) * height, z.shape[1] - height)
+  # The last chunk may begin within the one before it, whose rows it leaves.
+  begins = np.arange(num_chunks) * height
+  starts = np.minimum(begins, z.shape[1] - height)
 
-  def body(carry, start):
-    z, total = carry
+  def body(total, start_and_begin):
+    start, begin = start_and_begin
     rows = jax.lax.dynamic_slice_in_dim(data, start, height)
     old = jax.lax.dynamic_slice_in_dim(z, start, height, axis=1)
     expectations = frozen
@@ -371,16 +370,20 @@ def _update(z, statistics, data, active, *, settings):
       expectations = model_lib.expect(model, now, normalized=False)
     features = model.family.features(rows)
     new = model_lib.ascend(old, model_lib.weigh(expectations, features))
-    new = jnp.where(active, new, old)
+    moves = active & (start + jnp.arange(height, dtype=jnp.int32) >= begin)
+    new = jnp.where(moves[None, :], new, old)
     change = new - old
-    total = jax.tree.map(jnp.add, total, model_lib.accumulate(change, features))
-    z = jax.lax.dynamic_update_slice_in_dim(z, new, start, axis=1)
-    return (z, total), jnp.sum(jnp.abs(change)) / 2
+    found = model_lib.accumulate(change, features)
+    total = jax.tree.map(jnp.add, total, found)
+    return total, (new, jnp.sum(jnp.abs(change)) / 2)
 
-  zeros = jax.tree.map(jnp.zeros_like, statistics)
-  (z, total), moved = jax.lax.scan(
-    body, (z, zeros), jnp.asarray(starts, jnp.int32)
-  )
+  total = jax.tree.map(jnp.zeros_like, statistics)
+  starts = jnp.asarray(starts, jnp.int32), jnp.asarray(begins, jnp.int32)
+  total, (chunks, moved) = jax.lax.scan(body, total, starts)
+  # Not written into z within the loop, which would copy all of z each time.
+  head = jnp.swapaxes(chunks[:-1], 0, 1).reshape(z.shape[0], -1)
+  tail = chunks[-1][:, head.shape[1] + height - z.shape[1] :]
+  z = jnp.concatenate([head, tail], axis=1)
   return z, jax.tree.map(jnp.add, statistics, total), jnp.sum(moved)
 
 

@@ -23,7 +23,7 @@ from jax.scipy import special
 from emc2.topics.mixture import families
 
 # Rows at a time are so many that their scores stay in a cache.
-_SCORES_AT_ONCE = 2**19
+_SCORES_AT_ONCE = 2**18
 _TOLERANCE = 1e-6
 
 
@@ -176,8 +176,10 @@ def ascend(old: jax.Array, scores: jax.Array) -> jax.Array:
     Inference for Large Scale Mixture Models
     <https://arxiv.org/abs/1605.09499>`_, 2019, Theorem 1.
   """
+  heights = jnp.exp(scores - jnp.max(scores, axis=0, keepdims=True))
   mass = jnp.sum(old, axis=0, keepdims=True)
-  return mass * jax.nn.softmax(scores, axis=0)
+  # A quotient first, so that one component alone gets exactly 1 of its mass.
+  return mass * (heights / jnp.sum(heights, axis=0, keepdims=True))
 
 
 def responsibilities(
