@@ -16,7 +16,11 @@ from emc2.experiments.data import corpus, scanning
 
 _LINES = re.compile(rb'(?:\d{1,18}+ ++\d{1,18}+ ++\d{1,18}+[ \t\r]*+\n)*+')
 _EXPECTED = "a pair 'document word count'"
-_HEADER = ('documents', 'words', 'pairs')
+_HEADER = {  # The first three lines, and what each may be at most.
+  'documents': scanning.MAX_COUNT,
+  'words': scanning.MAX_COUNT,
+  'pairs': 10**18 - 1,
+}
 
 
 def read(
@@ -77,13 +81,13 @@ def _open(path: pathlib.Path, vocabulary: str | pathlib.Path | None):
   """Gives the words, the three numbers, and where the pairs begin."""
   lines = scanning.first_lines(path, len(_HEADER))
   header = []
-  for i, name in enumerate(_HEADER):
+  for i, (name, limit) in enumerate(_HEADER.items()):
     line = lines[i] if i < len(lines) else b''
     number = int(line) if re.fullmatch(rb'\s*\d{1,18}\s*\n', line) else 0
-    if not 1 <= number <= (2**62 if name == 'pairs' else scanning.MAX_COUNT):
+    if not 1 <= number <= limit:
       raise ValueError(
-        f'{path}:{i + 1}: expected the number of {name}, at least 1, got '
-        f'{scanning.shown(line)}.'
+        f'{path}:{i + 1}: expected the number of {name}, from 1 to {limit}, '
+        f'got {scanning.shown(line)}.'
       )
     header.append(number)
   stem = path.name.removesuffix('.gz').removesuffix('.txt')

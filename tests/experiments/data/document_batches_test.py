@@ -1,5 +1,6 @@
 """Batches hold the documents in their order, and go on where they stood."""
 
+import gzip
 import itertools
 import json
 import pathlib
@@ -199,8 +200,13 @@ class StreamTest(FileCase):
       self.assertEqual(batch.counts.dtype, np.float32)
       self.assertEqual(batch.word_ids.dtype, np.int32)
 
-  @parameterized.product(name=('lda_c', 'uci'), done=(0, 1, 3, 5, 6, 11))
-  def test_resumes(self, name, done):
+  @parameterized.product(
+    name=('lda_c', 'uci'), zipped=(False, True), done=(0, 1, 3, 5, 6, 11)
+  )
+  def test_resumes(self, name, zipped, done):
+    if zipped:
+      path = self.root / name
+      path.write_bytes(gzip.compress(path.read_bytes()))
     make = lambda: iter(self.stream(name, batch_size=4))
     stream = make()
     take(stream, done)

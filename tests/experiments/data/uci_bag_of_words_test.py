@@ -102,12 +102,12 @@ class ReadTest(parameterized.TestCase):
       np.testing.assert_array_equal(got, want[want > 0])
 
   @parameterized.parameters(
-    ('', ":1: expected the number of documents, at least 1, got ''"),
-    ('4\n', ":2: expected the number of words, at least 1, got ''"),
-    ('4\n5\n', ":3: expected the number of pairs, at least 1, got ''"),
-    ('0\n5\n1\n1 1 1\n', ":1: .* documents, at least 1, got '0'"),
-    ('4\n0\n1\n1 1 1\n', ":2: .* words, at least 1, got '0'"),
-    ('4\n5\n0\n', ":3: .* pairs, at least 1, got '0'"),
+    ('', ":1: expected the number of documents, from 1 to .* got ''"),
+    ('4\n', ":2: expected the number of words, from 1 to .* got ''"),
+    ('4\n5\n', ":3: expected the number of pairs, from 1 to .* got ''"),
+    ('0\n5\n1\n1 1 1\n', ":1: .* documents, from 1 to .* got '0'"),
+    ('4\n0\n1\n1 1 1\n', ":2: .* words, from 1 to .* got '0'"),
+    ('4\n5\n0\n', ":3: .* pairs, from 1 to .* got '0'"),
     ('4\nfive\n1\n1 1 1\n', ":2: .* got 'five'"),
     ('2147483648\n5\n1\n1 1 1\n', ":1: .* got '2147483648'"),
     (f'{"9" * 99}\n5\n1\n', ":1: .* got '9999"),
