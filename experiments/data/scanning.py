@@ -122,7 +122,7 @@ def _guarded(path: pathlib.Path, line: int, work: Callable):
   except _BROKEN as error:
     raise ValueError(
       f'{path}:{line}: expected a whole file, got one that is cut short or '
-      f'damaged from this line on ({error}).'
+      f'damaged here or later ({error}).'
     ) from error
 
 
