@@ -1,6 +1,7 @@
-"""Which chip a program is for, there or not."""
+"""Which chip a program is for, there or not, and which kernel it takes."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
@@ -59,3 +60,48 @@ def is_hopper() -> bool:
   except RuntimeError:
     return False
   return all(device.compute_capability == '9.0' for device in devices)
+
+
+class Kernel(NamedTuple):
+  """One implementation by name, for one platform."""
+
+  platform: str  # 'tpu' or 'cuda'.
+  run: Callable[..., object]
+  unsupported: str | None  # Why it does not take these arguments.
+
+
+def dispatch(
+  implementation: str,
+  reference: Callable[..., object],
+  kernels: dict[str, Kernel],
+  *args: object,
+) -> object:
+  """Runs what `implementation` says; platforms are told when lowering.
+
+  Args:
+    implementation: 'auto', the kernel of the platform where there is one that
+      takes these arguments and `reference` elsewhere; 'xla', `reference`; or a
+      name in `kernels`, that one and no other.
+    reference: plain JAX, for all platforms.
+    kernels: by name, with the same arguments and results.
+    *args: arrays, or None.
+
+  Raises:
+    ValueError: `implementation` is not known.
+    NotImplementedError: the named kernel does not take these arguments.
+  """
+  if implementation == 'xla':
+    return reference(*args)
+  if implementation == 'auto':
+    fits = [kernel for kernel in kernels.values() if not kernel.unsupported]
+    choices = {kernel.platform: kernel.run for kernel in fits}
+    choices['default'] = reference
+  elif implementation in kernels:
+    platform, run, reason = kernels[implementation]
+    if reason is not None:
+      raise NotImplementedError(f'{implementation}: {reason}')
+    choices = {platform: run}
+  else:
+    known = ', '.join(['auto', 'xla', *kernels])
+    raise ValueError(f'{implementation=} is not one of {known}.')
+  return jax.lax.platform_dependent(*args, **choices)
