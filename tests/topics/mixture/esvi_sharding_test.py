@@ -1,0 +1,105 @@
+"""ESVI over a mesh: the same numbers, few messages, small shards."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+
+from emc2 import mesh as mesh_lib
+from emc2.topics import mixture
+
+from tests import processes
+from tests.topics.mixture import oracle, vi_test
+
+KINDS = (
+  'all_gather',
+  'all_reduce',
+  'reduce_scatter',
+  'all_to_all',
+  'collective_permute',
+)
+
+
+def _fit(mesh, num_rotations=9, num_blocks=8, given=True, **settings):
+  x = oracle.points(0, 90, 2)[0]
+  z = oracle.starts(1, 90, 16) if given else None
+  model = vi_test.make_model(16)
+  method = mixture.esvi.esvi(
+    model, num_blocks=num_blocks, mesh=mesh, refresh_every=4, **settings
+  )
+  rows = mixture.esvi.split_rows(jnp.asarray(x), num_blocks)
+  if mesh is not None:
+    rows = mesh_lib.place(rows, mesh, mixture.esvi.row_shardings(mesh))
+  state = jax.jit(method.init)(jax.random.key(0), rows, z)
+  step = jax.jit(method.step)
+  for number in range(num_rotations):
+    state, info = step(jax.random.key(number), state, rows)
+  return state, info, step.lower(jax.random.key(0), state, rows)
+
+
+class ShardedTest(parameterized.TestCase):
+  @parameterized.parameters(
+    dict(num_devices=8),
+    dict(num_devices=8, given=False, active_prob=0.5),
+    dict(num_devices=4, mixing='ring'),
+    dict(num_devices=2, inner_batch=3),
+  )
+  def test_devices_equal_one(self, num_devices, **settings):
+    mesh = mesh_lib.make(jax.devices()[:num_devices], ring=num_devices)
+    with jax.enable_x64(True):
+      one, many = _fit(None, **settings), _fit(mesh, **settings)
+      for a, b in zip(
+        jax.tree.leaves(one[:2]), jax.tree.leaves(many[:2]), strict=True
+      ):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+  def test_shards_are_small_and_messages_few(self):
+    mesh = mesh_lib.make(ring=8)
+    state, _, lowered = _fit(mesh, num_rotations=1)
+    specs = mixture.esvi.shardings(mesh)
+    for leaf, spec in zip(
+      jax.tree.leaves(state), jax.tree.leaves(specs), strict=True
+    ):
+      want = jax.sharding.NamedSharding(mesh, spec)
+      self.assertTrue(leaf.sharding.is_equivalent_to(want, leaf.ndim))
+    # 4 K (1 + F) / W bytes of statistics on a device, F = 2 D.
+    for shard in range(8):
+      of = lambda x, shard=shard: x.addressable_shards[shard].data.nbytes
+      size = sum(of(x) for x in state.statistics)
+      self.assertEqual(size, 4 * 16 * (1 + 2 * 2) // 8)
+      self.assertEqual(of(state.responsibilities), 4 * 12 * 16)
+      self.assertEqual(of(state.ids), 4 * 16)
+    text = lowered.as_text()
+    counts = {kind: text.count(f'"stablehlo.{kind}"') for kind in KINDS}
+    # The components' move; the two fields of the blocks that go round when the
+    # statistics are summed anew.
+    self.assertEqual(counts['all_to_all'], 1)
+    self.assertEqual(counts['collective_permute'], 2)
+    self.assertEqual(sum(counts.values()), 3)
+    found = re.findall(
+      r' (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(',
+      lowered.compile().as_text(),
+    )
+    self.assertEqual(found, ['all-to-all'])
+
+  def test_2_processes_equal_1(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    for number in (1, 2):
+      processes.run(
+        'tests.topics.mixture.fits_mixture',
+        number,
+        str(folder / f'{number}.npz'),
+      )
+    one, two = (np.load(folder / f'{number}.npz') for number in (1, 2))
+    np.testing.assert_array_equal(one['ids'], two['ids'])
+    for name in ('z', 'count', 'moments'):
+      np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-6)
+
+  def test_refuses_places_that_no_device_has(self):
+    with self.assertRaisesRegex(ValueError, '^num_blocks must be a multiple'):
+      _fit(mesh_lib.make(ring=8), num_blocks=4)
+    with self.assertRaisesRegex(ValueError, '^num_blocks must be a multiple'):
+      _fit(mesh_lib.make(data=8))
