@@ -1,1 +1,5 @@
 """Blocks that travel over the devices while the data stay."""
+
+from emc2.ring.rotate import rotate
+
+__all__ = ['rotate']

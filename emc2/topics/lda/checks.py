@@ -1,0 +1,56 @@
+"""Refuses wrong input to a topic model before anything runs."""
+
+import math
+from typing import Any
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+  """Refuses a number below `least`, NaN and infinity."""
+  if not (math.isfinite(value) and value >= least):
+    raise ValueError(f'{name} must be at least {least}, got {value}.')
+
+
+def check_positive(name: str, value: float) -> None:
+  """Refuses a number that is not finite and above 0."""
+  if not (math.isfinite(value) and value > 0):
+    raise ValueError(f'{name} must be finite and above 0, got {value}.')
+
+
+def check_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+  """Refuses a name that is not allowed."""
+  if value not in allowed:
+    raise ValueError(f'{name} must be one of {allowed}, got {value!r}.')
+
+
+def check_model(
+  num_topics: int,
+  num_words: int,
+  alpha: float,
+  eta: float,
+  concentration: float = 1.0,
+) -> None:
+  """Refuses sizes and priors of which there is no model."""
+  check_at_least('num_topics', num_topics, 2)
+  check_at_least('num_words', num_words, 1)
+  check_positive('alpha', alpha)
+  check_positive('eta', eta)
+  check_at_least('concentration', concentration, 0)
+
+
+def check_cells(cells: Any, axis_name: str | None, *, dense: bool) -> None:
+  """Refuses cells that a method cannot work on."""
+  if cells.counts.ndim != 4:
+    raise ValueError(
+      'cells must come from `cut`, (shards, blocks, tiles, pairs), got counts '
+      f'of shape {cells.counts.shape}.'
+    )
+  if cells.counts.shape[0] != 1:
+    where = 'one device' if axis_name is None else f'each of {axis_name!r}'
+    raise ValueError(
+      f'cells must have one shard on {where}, got {cells.counts.shape[0]}.'
+    )
+  if not dense and cells.dense.shape[-1]:
+    raise ValueError(
+      'cells must have no dense words (`cut(..., dense_share=None)`) where '
+      f'pairs are remembered, got {cells.dense.shape[-1]} in each block.'
+    )

@@ -1,0 +1,157 @@
+"""Documents as bags of words, on the host."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Documents(NamedTuple):
+  """The counts of D documents over V words, row after row.
+
+  What a `scipy.sparse.csr_array` holds, so `from_csr` takes one.
+  """
+
+  starts: np.ndarray  # (D + 1,), int64: where the pairs of a document start.
+  word_ids: np.ndarray  # (num_pairs,), int32: rising within a document.
+  counts: np.ndarray  # (num_pairs,), float32: above 0.
+  num_words: int  # V.
+
+  @property
+  def num_documents(self) -> int:
+    """D."""
+    return len(self.starts) - 1
+
+  @property
+  def num_tokens(self) -> float:
+    """The sum of all counts."""
+    return float(np.sum(self.counts, dtype=np.float64))
+
+  @property
+  def document_ids(self) -> np.ndarray:
+    """(num_pairs,), int32: the document of each pair."""
+    ids = np.arange(self.num_documents, dtype=np.int32)
+    return np.repeat(ids, np.diff(self.starts))
+
+
+class Batch(NamedTuple):
+  """Documents of one length after padding, for a device."""
+
+  word_ids: Any  # (batch, width), int32; 0 in the padding.
+  counts: Any  # (batch, width), float32; 0 in the padding.
+
+
+def from_csr(matrix: Any) -> Documents:
+  """Takes the counts of a sparse matrix in compressed rows.
+
+  Args:
+    matrix: Has `indptr`, `indices`, `data` and `shape` (D, V), as a
+      `scipy.sparse.csr_array` does. A document may be empty.
+
+  Returns:
+    The documents, without the zeros of the matrix and with what it lists twice
+    added up.
+
+  Raises:
+    ValueError: If a count is negative or not finite, an index lies outside of
+      its range, or there is no token at all.
+  """
+  num_documents, num_words = matrix.shape
+  starts = np.asarray(matrix.indptr, np.int64)
+  word_ids = np.asarray(matrix.indices)
+  counts = np.asarray(matrix.data)
+  if len(starts) != num_documents + 1 or len(word_ids) != len(counts):
+    raise ValueError(
+      f'matrix must have {num_documents + 1} row pointers and as many indices '
+      f'as data, got {len(starts)}, {len(word_ids)} and {len(counts)}.'
+    )
+  if starts[0] != 0 or starts[-1] != len(counts) or np.any(np.diff(starts) < 0):
+    raise ValueError(
+      f'matrix must have row pointers that rise from 0 to {len(counts)}.'
+    )
+  if len(word_ids) and not 0 <= word_ids.min() <= word_ids.max() < num_words:
+    raise ValueError(
+      f'matrix must have word ids in [0, {num_words}), got '
+      f'{word_ids.min()} to {word_ids.max()}.'
+    )
+  if not np.all(np.isfinite(counts)):
+    raise ValueError('matrix must have finite counts, got NaN or infinity.')
+  if np.any(counts < 0):
+    raise ValueError(f'matrix must have counts >= 0, got {counts.min()}.')
+  if not np.any(counts):
+    raise ValueError(
+      f'matrix must have at least one token, got none in {num_documents} '
+      'documents.'
+    )
+  rows = np.repeat(np.arange(num_documents), np.diff(starts))
+  order = rows * num_words + word_ids.astype(np.int64)
+  if np.any(np.diff(order) <= 0):
+    order, place = np.unique(order, return_inverse=True)
+    counts = np.bincount(place, counts)
+    rows, word_ids = np.divmod(order, num_words)
+  kept = counts > 0
+  lengths = np.bincount(rows[kept], minlength=num_documents)
+  return Documents(
+    starts=np.concatenate([[0], np.cumsum(lengths)]),
+    word_ids=word_ids[kept].astype(np.int32),
+    counts=counts[kept].astype(np.float32),
+    num_words=int(num_words),
+  )
+
+
+def pad(documents: Documents, rows: np.ndarray, width: int) -> Batch:
+  """Some documents as rows of equal width.
+
+  Args:
+    documents: The corpus.
+    rows: (batch,) ids of documents; -1 makes an empty one.
+    width: At least the number of words of the longest of them.
+
+  Returns:
+    The batch, of NumPy arrays.
+
+  Raises:
+    ValueError: If a document does not fit.
+  """
+  rows = np.asarray(rows)
+  lengths = np.diff(documents.starts)[rows] * (rows >= 0)
+  if len(rows) and lengths.max() > width:
+    raise ValueError(
+      f'width must be at least {lengths.max()}, the number of words of the '
+      f'longest document, got {width}.'
+    )
+  columns = np.arange(width)
+  inside = columns < lengths[:, None]
+  place = np.where(inside, documents.starts[rows][:, None] + columns, 0)
+  if not len(documents.counts):
+    place = np.zeros_like(place)
+  return Batch(
+    np.where(inside, documents.word_ids[place], 0).astype(np.int32),
+    np.where(inside, documents.counts[place], 0).astype(np.float32),
+  )
+
+
+def batches(
+  documents: Documents, *, size: int = 256, min_width: int = 16
+) -> Iterator[tuple[np.ndarray, Batch]]:
+  """All documents in batches of few shapes: widths are powers of two.
+
+  Args:
+    documents: The corpus.
+    size: Documents of a batch; the last one of a width is filled up.
+    min_width: The least width.
+
+  Yields:
+    The ids of the documents, -1 where filled up, and the batch.
+  """
+  lengths = np.diff(documents.starts)
+  widths = np.maximum(min_width, 1 << _log2_up(lengths))
+  for width in np.unique(widths):
+    ids = np.flatnonzero(widths == width)
+    ids = np.pad(ids, (0, -len(ids) % size), constant_values=-1)
+    for rows in ids.reshape(-1, size):
+      yield rows, pad(documents, rows, int(width))
+
+
+def _log2_up(lengths):
+  return np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
