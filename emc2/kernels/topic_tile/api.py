@@ -87,7 +87,8 @@ def topic_tile(
     doc_weights: (n_d, K), float32, at least 0.
     word_weights: (n_v, K), float32, at least 0.
     counts: (n_d, n_v), any float or integer dtype, at least 0; 0 where a
-      document lacks the word. The smaller the dtype the better for memory.
+      document lacks the word. uint8 is the best where it suffices; bfloat16 is
+      widened as a whole on a CPU.
     log_likelihood: static; whether to return it, at the price of n_d n_v
       logarithms.
     implementation: static; 'auto' takes the kernel of the platform that the
