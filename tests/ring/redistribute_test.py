@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
-from emc2.ring import redistribute
+from emc2 import ring
 
 from tests import processes
 
@@ -24,7 +24,7 @@ def _over_devices(num_devices, num_blocks):
   spec = jax.sharding.PartitionSpec
   return jax.shard_map(
     functools.partial(
-      redistribute.redistribute,
+      ring.redistribute,
       num_blocks=num_blocks,
       axis_name=mesh_lib.RING,
     ),
@@ -40,9 +40,9 @@ class OrderTest(parameterized.TestCase):
   )
   def test_is_a_permutation_between_blocks(self, num_rows, num_blocks):
     height = num_rows // num_blocks
-    orders = jax.vmap(
-      lambda key: redistribute.draw_order(key, num_rows, num_blocks)
-    )(jax.random.split(jax.random.key(0), 20))
+    orders = jax.vmap(lambda key: ring.draw_order(key, num_rows, num_blocks))(
+      jax.random.split(jax.random.key(0), 20)
+    )
     self.assertEqual(orders.dtype, jnp.int32)
     for order in np.asarray(orders):
       np.testing.assert_array_equal(np.sort(order), np.arange(num_rows))
@@ -59,7 +59,7 @@ class OrderTest(parameterized.TestCase):
     height, num_moves = num_rows // num_blocks, 6_000
 
     def move(ids, key):
-      ids = ids[redistribute.draw_order(key, num_rows, num_blocks)]
+      ids = ids[ring.draw_order(key, num_rows, num_blocks)]
       return ids, ids
 
     keys = jax.random.split(jax.random.key(1), num_moves)
@@ -88,8 +88,8 @@ class RedistributeTest(parameterized.TestCase):
     for number in range(4):
       key = jax.random.key(number)
       moved = jax.jit(_over_devices(num_devices, num_blocks))(key, rows)
-      alone = redistribute.redistribute(key, rows, num_blocks=num_blocks)
-      order = redistribute.draw_order(key, num_rows, num_blocks)
+      alone = ring.redistribute(key, rows, num_blocks=num_blocks)
+      order = ring.draw_order(key, num_rows, num_blocks)
       np.testing.assert_array_equal(moved, alone)
       np.testing.assert_array_equal(alone, np.asarray(rows)[order])
 
@@ -122,7 +122,7 @@ class RedistributeTest(parameterized.TestCase):
   )
   def test_refuses(self, shape, num_blocks, match):
     with self.assertRaisesRegex(ValueError, match):
-      redistribute.redistribute(
+      ring.redistribute(
         jax.random.key(0), jnp.zeros(shape), num_blocks=num_blocks
       )
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emc2 import mesh as mesh_lib
-from emc2.ring import redistribute
+from emc2 import ring
 
 
 def main(coordinator, num_processes, process_id, path):
@@ -19,9 +19,7 @@ def main(coordinator, num_processes, process_id, path):
   spec = jax.sharding.PartitionSpec
 
   def move(key, rows):
-    return redistribute.redistribute(
-      key, rows, num_blocks=4, axis_name=mesh_lib.RING
-    )
+    return ring.redistribute(key, rows, num_blocks=4, axis_name=mesh_lib.RING)
 
   move = jax.shard_map(
     move,

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emc2 import algorithm
+from emc2 import algorithm, ring
 from emc2 import mesh as mesh_lib
-from emc2.ring import redistribute
 from emc2.topics.mixture import families, vi
 from emc2.topics.mixture import model as model_lib
 
@@ -151,10 +150,10 @@ def step(
   )
   ids = state.ids
   if num_blocks > 1 and settings.mixing == 'permute':
-    message = redistribute.redistribute(
+    message = ring.redistribute(
       order_key, message, num_blocks=num_blocks, axis_name=axis_name
     )
-    ids = ids[redistribute.draw_order(order_key, ids.size, num_blocks)]
+    ids = ids[ring.draw_order(order_key, ids.size, num_blocks)]
   elif num_blocks > 1:
     message = _roll(by_place(message), axis_name).reshape(message.shape)
     ids = jnp.roll(ids, -(ids.size // num_blocks))
@@ -192,7 +191,7 @@ def esvi(
   .. note::
     The places work at the same time here, where the paper's work at their own;
     its components each go to a place drawn for it, ours by
-    :func:`emc2.ring.redistribute.redistribute`, which gives every place as many
+    :func:`emc2.ring.redistribute`, which gives every place as many
     as it had. As printed, algorithm 4 sends within the loop over a row's
     components; it must be after the loop over the rows.
 
