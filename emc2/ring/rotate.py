@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 
 def rotate(
-  visit: Callable[[Any, Any, jax.Array], tuple[Any, Any]],
+  visit: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any, Any]],
   resident: Any,
+  kept: Any,
   blocks: Any,
   *,
   axis_name: str | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
   r"""Takes every block round the ring once, back to where it started.
 
   A ring of :math:`W` devices holds :math:`B = W m` blocks, of which device
@@ -24,61 +25,78 @@ def rotate(
   :math:`m \ge 2` a block travels while the next one is worked on.
 
   Args:
-    visit: `(resident, block, number) -> (resident, block)`; `number` (), int32,
-      is the block's, from 0 to B - 1.
+    visit: `(resident, own, block, number) -> (resident, own, block)`; `number`
+      (), int32, is the block's, from 0 to B - 1.
     resident: Pytree that stays on its device.
+    kept: Pytree that stays too, with a leading axis of B: `own` is what this
+      device keeps of the block that visits it.
     blocks: Pytree whose leaves have a leading axis of the m blocks that are
       here.
     axis_name: The mesh axis of the ring, inside `jax.shard_map`; None for a
       ring of one device.
 
   Returns:
-    The resident tree and the blocks after B visits.
+    `resident`, `kept` and `blocks` after B visits.
+
+  Examples:
+    >>> def visit(total, own, block, number):
+    ...   return total + block, block, 2 * block
+    >>> total, kept, blocks = rotate(
+    ...     visit, jnp.float32(0), jnp.zeros(3), jnp.arange(3.0))
+    >>> total, kept, blocks
+    (Array(3., dtype=float32), Array([0., 1., 2.], dtype=float32), \
+Array([0., 2., 4.], dtype=float32))
   """
   here = jax.tree.leaves(blocks)[0].shape[0]
   width = 1 if axis_name is None else jax.lax.axis_size(axis_name)
   position = 0 if axis_name is None else jax.lax.axis_index(axis_name)
   overlaps = width > 1 and here > 1
+  routes = [(i, (i - 1) % width) for i in range(width)]
 
   def pass_on(block):
     if width == 1:
       return block
-    routes = [(i, (i - 1) % width) for i in range(width)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, routes), block)
 
-  def body(carry, visit_number):
-    resident, blocks, leaving = carry
-    slot = visit_number % here
+  def number_of(visit_number):
     owner = (position + visit_number // here) % width
-    block = _read(blocks, slot)
-    if overlaps:  # Neither needs the other, so they run at once.
-      arrived = pass_on(leaving)
-      previous = jnp.maximum(slot - 1, 0)
-      previous = jnp.where(slot == 0, here - 1, previous)
-      kept = _read(blocks, previous)
-      first = visit_number == 0
-      arrived = jax.tree.map(
-        lambda old, new: jnp.where(first, old, new), kept, arrived
-      )
-      resident, done = visit(resident, block, owner * here + slot)
-      return (resident, _write(blocks, arrived, previous), done), None
-    resident, done = visit(resident, block, owner * here + slot)
-    return (resident, _write(blocks, pass_on(done), slot), leaving), None
+    return owner * here + visit_number % here
 
-  leaving = _read(blocks, 0) if overlaps else ()
+  # What a visit needs is read right after its predecessor wrote: a read that
+  # others still wanted at the next write would make XLA copy the whole.
+  def body(carry, visit_number):
+    resident, kept, blocks, own, block, leaving = carry
+    number, slot = number_of(visit_number), visit_number % here
+    if overlaps:  # Neither needs the other, so they run at once.
+      arrived, place = pass_on(leaving), (slot - 1) % here
+      resident, own, leaving = visit(resident, own, block, number)
+      first = visit_number == 0
+      last = jax.tree.map(lambda x: x[-1], blocks)
+      arrived = jax.tree.map(lambda x, y: jnp.where(first, x, y), last, arrived)
+    else:
+      resident, own, block = visit(resident, own, block, number)
+      arrived, place = pass_on(block), slot
+    kept, blocks = _write(kept, own, number), _write(blocks, arrived, place)
+    following = (visit_number + 1) % (width * here)
+    own = _read(kept, number_of(following))
+    block = _read(blocks, following % here)
+    return (resident, kept, blocks, own, block, leaving), None
+
+  own, block = _read(kept, number_of(0)), _read(blocks, 0)
+  leaving = jax.tree.map(jnp.zeros_like, block) if overlaps else ()
+  carry = resident, kept, blocks, own, block, leaving
   visits = jnp.arange(width * here, dtype=jnp.int32)
-  carry, _ = jax.lax.scan(body, (resident, blocks, leaving), visits)
-  resident, blocks, leaving = carry
+  resident, kept, blocks, _, _, leaving = jax.lax.scan(body, carry, visits)[0]
   if overlaps:
     blocks = _write(blocks, pass_on(leaving), here - 1)
-  return resident, blocks
+  return resident, kept, blocks
 
 
-def _read(blocks, slot):
+def _read(tree, place):
   read = jax.lax.dynamic_index_in_dim
-  return jax.tree.map(lambda x: read(x, slot, keepdims=False), blocks)
+  return jax.tree.map(lambda x: read(x, place, keepdims=False), tree)
 
 
-def _write(blocks, block, slot):
+def _write(tree, entry, place):
   write = jax.lax.dynamic_update_index_in_dim
-  return jax.tree.map(lambda x, y: write(x, y, slot, 0), blocks, block)
+  return jax.tree.map(lambda x, y: write(x, y, place, 0), tree, entry)

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emc2 import algorithm
+from emc2 import algorithm, ring
 from emc2 import mesh as mesh_lib
-from emc2 import ring
 from emc2.topics.lda import cells as cells_lib
 from emc2.topics.lda import checks, expectations, responsibilities, sweep
 
@@ -123,24 +122,22 @@ def step(
   pack = functools.partial(_pack, storage, top_c, tail)
   unpack = functools.partial(_unpack, storage, num_topics)
 
-  def visit_sums(documents, block, totals, memory, number):
+  def visit_sums(resident, own, block, number):
     """Storage of sums: the cell at once, by matrix products."""
+    documents, totals, memory = resident
     weights = expectations.document_weights(documents, alpha)
     others = expectations.word_weights(block, totals, eta, num_words)
     new = sweep.add_up(
       weights, others, local.cell(number), implementation=implementation
     )
-    old = CellMemory(memory.documents[number], memory.words[0, number])
-    memory = CellMemory(
-      memory.documents.at[number].set(new.documents),
-      memory.words.at[0, number].set(new.words),
-    )
-    documents = jnp.maximum(documents + (new.documents - old.documents), 0)
-    block = jnp.maximum(block + (new.words - old.words), 0)
-    return documents, block, memory, new.log_likelihood
+    documents = jnp.maximum(documents + (new.documents - own.documents), 0)
+    block = jnp.maximum(block + (new.words - own.words), 0)
+    own = CellMemory(new.documents, new.words)
+    return (documents, totals, memory), own, block, new.log_likelihood
 
-  def visit_pairs(documents, block, totals, memory, number):
+  def visit_pairs(resident, own, block, number):
     """Storage of responsibilities: pair by pair."""
+    documents, totals, memory = resident
     weights = expectations.document_weights(documents, alpha)
     others = expectations.word_weights(block, totals, eta, num_words)
 
@@ -157,65 +154,63 @@ def step(
       log_likelihood += jnp.sum(counts * jnp.log(scores[:, 0]))
       return (documents, block, log_likelihood), own
 
-    inner = jax.tree.map(lambda x: x[0], memory)
     carry = documents, block, jnp.zeros_like(documents, shape=())
-    carry, inner = sweep.visit_tiles(
+    carry, memory = sweep.visit_tiles(
       update,
       carry,
-      inner,
+      memory,
       local.tiles(number),
       number * local.tiles_per_block,
     )
     documents, block, log_likelihood = carry
-    memory = jax.tree.map(lambda x: x[None], inner)
     documents, block = jnp.maximum(documents, 0), jnp.maximum(block, 0)
-    return documents, block, memory, log_likelihood
+    return (documents, totals, memory), own, block, log_likelihood
 
   visit_cell = visit_sums if storage == 'cell' else visit_pairs
 
-  def visit(resident, block, number):
-    documents, totals, memory, log_likelihood = resident
-    operands = documents, block, totals, memory, number
+  def pass_by(resident, own, block, number):
+    del number
+    return resident, own, block, jnp.zeros_like(resident[0], shape=())
+
+  def visit(carry, own, block, number):
+    resident, log_likelihood = carry
+    operands = resident, own, block, number
     if active_prob < 1:
       chance = jax.random.fold_in(local.key, number)
-      documents, new, memory, gained = jax.lax.cond(
-        jax.random.bernoulli(chance, active_prob),
-        visit_cell,
-        lambda documents, block, totals, memory, number: (
-          documents,
-          block,
-          memory,
-          jnp.zeros_like(documents, shape=()),
-        ),
-        *operands,
-      )
+      active = jax.random.bernoulli(chance, active_prob)
+      visited = jax.lax.cond(active, visit_cell, pass_by, *operands)
     else:
-      documents, new, memory, gained = visit_cell(*operands)
+      visited = visit_cell(*operands)
+    (documents, totals, memory), own, new, gained = visited
     change = jnp.sum(new - block, 0)
     if pi_sync == 'rotation' and axis_name is not None:
       change = jax.lax.psum(change, axis_name)
-    resident = documents, totals + change, memory, log_likelihood + gained
-    return resident, new
+    resident = documents, totals + change, memory
+    return (resident, log_likelihood + gained), own, new
 
   documents, words, totals, memory, count = state
   if pi_sync == 'epoch':
     totals = mesh_lib.vary_alike(totals, documents)[0]
+  # What is split by shards comes with an axis of this shard alone.
+  if storage == 'cell':
+    kept, memory = CellMemory(memory.documents, memory.words[0]), ()
+  else:
+    kept, memory = (), jax.tree.map(lambda x: x[0], memory)
   zero = jnp.zeros_like(documents, shape=())
-  resident, words = ring.rotate(
-    visit, (documents, totals, memory, zero), words, axis_name=axis_name
+  carry = (documents, totals, memory), zero
+  carry, kept, words = ring.rotate(
+    visit, carry, kept, words, axis_name=axis_name
   )
-  documents, totals, memory, log_likelihood = resident
+  (documents, totals, memory), log_likelihood = carry
   if pi_sync == 'epoch' and axis_name is not None:
-    change = jax.lax.psum(totals - state.totals, axis_name)
-    totals = state.totals + change
+    totals = state.totals + jax.lax.psum(totals - state.totals, axis_name)
 
   def refresh(documents, words, totals):
-    del totals
+    del documents, words, totals
     if storage == 'cell':
-      documents, by_word = jnp.sum(memory.documents, 0), memory.words[0]
+      documents, by_word = jnp.sum(kept.documents, 0), kept.words
     else:
-      inner = jax.tree.map(lambda x: x[0], memory)
-      documents, by_word = responsibilities.add_up(local, inner, unpack)
+      documents, by_word = responsibilities.add_up(local, memory, unpack)
     words = responsibilities.share_words(by_word, axis_name)
     return documents, words, responsibilities.total(words, axis_name)
 
@@ -235,6 +230,10 @@ def step(
   )
   if axis_name is not None:
     loss = jax.lax.psum(loss, axis_name)
+  if storage == 'cell':
+    memory = CellMemory(kept.documents, kept.words[None])
+  else:
+    memory = jax.tree.map(lambda x: x[None], memory)
   state = State(documents, words, totals, memory, count)
   return state, Info(loss=operator.truediv(*loss))
 
