@@ -124,7 +124,7 @@ def step(
   if refresh_every:
     due = count % refresh_every == 0
     sums = jax.lax.cond(due, refresh, lambda *sums: sums, *sums)
-  loss = -log_likelihood, jnp.sum(local.cells.counts)
+  loss = jnp.stack([-log_likelihood, jnp.sum(local.cells.counts)])
   if axis_name is not None:
     loss = jax.lax.psum(loss, axis_name)
   return State(*sums, phi[None], count), Info(loss[0] / loss[1])

@@ -6,7 +6,6 @@ is global but the K sums over all words.
 """
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -168,25 +167,32 @@ def step(
 
   visit_cell = visit_sums if storage == 'cell' else visit_pairs
 
+  # Losses add up as pairs, so that one collective carries both.
+  def visit_and_count(resident, own, block, number):
+    resident, own, block, gained = visit_cell(resident, own, block, number)
+    cell = local.cell(number)
+    tokens = jnp.sum(cell.counts) + jnp.sum(cell.dense)
+    return resident, own, block, jnp.stack([-gained, tokens])
+
   def pass_by(resident, own, block, number):
     del number
-    return resident, own, block, jnp.zeros_like(resident[0], shape=())
+    return resident, own, block, jnp.zeros_like(resident[0], shape=(2,))
 
   def visit(carry, own, block, number):
-    resident, log_likelihood = carry
+    resident, losses = carry
     operands = resident, own, block, number
     if active_prob < 1:
       chance = jax.random.fold_in(local.key, number)
       active = jax.random.bernoulli(chance, active_prob)
-      visited = jax.lax.cond(active, visit_cell, pass_by, *operands)
+      visited = jax.lax.cond(active, visit_and_count, pass_by, *operands)
     else:
-      visited = visit_cell(*operands)
+      visited = visit_and_count(*operands)
     (documents, totals, memory), own, new, gained = visited
     change = jnp.sum(new - block, 0)
     if pi_sync == 'rotation' and axis_name is not None:
       change = jax.lax.psum(change, axis_name)
     resident = documents, totals + change, memory
-    return (resident, log_likelihood + gained), own, new
+    return (resident, losses + gained), own, new
 
   documents, words, totals, memory, count = state
   if pi_sync == 'epoch':
@@ -196,12 +202,11 @@ def step(
     kept, memory = CellMemory(memory.documents, memory.words[0]), ()
   else:
     kept, memory = (), jax.tree.map(lambda x: x[0], memory)
-  zero = jnp.zeros_like(documents, shape=())
-  carry = (documents, totals, memory), zero
+  carry = (documents, totals, memory), jnp.zeros_like(documents, shape=(2,))
   carry, kept, words = ring.rotate(
     visit, carry, kept, words, axis_name=axis_name
   )
-  (documents, totals, memory), log_likelihood = carry
+  (documents, totals, memory), losses = carry
   if pi_sync == 'epoch' and axis_name is not None:
     totals = state.totals + jax.lax.psum(totals - state.totals, axis_name)
 
@@ -224,18 +229,15 @@ def step(
       words,
       totals,
     )
-  loss = (
-    -log_likelihood,
-    jnp.sum(local.cells.counts) + jnp.sum(local.cells.dense),
-  )
   if axis_name is not None:
-    loss = jax.lax.psum(loss, axis_name)
+    losses = jax.lax.psum(losses, axis_name)
   if storage == 'cell':
     memory = CellMemory(kept.documents, kept.words[None])
   else:
     memory = jax.tree.map(lambda x: x[None], memory)
   state = State(documents, words, totals, memory, count)
-  return state, Info(loss=operator.truediv(*loss))
+  # All devices may have passed.
+  return state, Info(loss=losses[0] / jnp.maximum(losses[1], 1))
 
 
 def shardings(storage: str = 'cell') -> State:

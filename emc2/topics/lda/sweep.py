@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from emc2 import mesh
 from emc2.kernels import topic_tile
 from emc2.topics.lda import cells as cells_lib
 from emc2.topics.lda import expectations
@@ -51,20 +52,23 @@ def add_up(
   Returns:
     The sums.
   """
+  num_dense = cell.dense.shape[-1]
+  document_weights, word_weights, _ = mesh.vary_alike(
+    document_weights, word_weights, cell.counts
+  )
 
   def step(carry, tile):
     by_document, by_word, log_likelihood = carry
     documents, words, counts = tile
-    weights = _rows(document_weights, documents)
-    others = _rows(word_weights, words)
+    weights = gather(document_weights, documents)
+    others = gather(word_weights, words)
     scores = row_sums(weights * others) + expectations.TINY
     ratio = counts[:, None] / scores
-    by_document = _add(by_document, documents, ratio * others)
-    by_word = _add(by_word, words, ratio * weights)
+    by_document = scatter_add(by_document, documents, ratio * others)
+    by_word = scatter_add(by_word, words, ratio * weights)
     log_likelihood += jnp.sum(counts * jnp.log(scores[:, 0]))
     return (by_document, by_word, log_likelihood), None
 
-  num_dense = cell.dense.shape[-1]
   carry = (
     jnp.zeros_like(document_weights),
     jnp.zeros_like(word_weights),
@@ -140,13 +144,11 @@ def row_sums(rows: jax.Array) -> jax.Array:
   return jnp.matmul(rows, ones, precision=jax.lax.Precision.HIGHEST)
 
 
-def _rows(table, ids):
+def gather(table: jax.Array, ids: jax.Array) -> jax.Array:
+  """Rows of a table by ids that are known to be in it."""
   return table.at[ids].get(mode='promise_in_bounds')
 
 
-def _add(table, ids, rows):
+def scatter_add(table: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+  """Adds rows to a table, at ids that are known to be in it."""
   return table.at[ids].add(rows, mode='promise_in_bounds')
-
-
-gather = _rows
-scatter_add = _add

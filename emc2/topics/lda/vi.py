@@ -81,7 +81,8 @@ def step(
   for _ in range(document_steps - 1):
     documents = pass_over(documents)[0]
   documents, log_likelihood, words = pass_over(documents)
-  loss = -log_likelihood, jnp.sum(cells.counts) + jnp.sum(cells.dense)
+  tokens = jnp.sum(cells.counts) + jnp.sum(cells.dense)
+  loss = jnp.stack([-log_likelihood, tokens])
   if axis_name is not None:
     words, loss = jax.lax.psum((words, loss), axis_name)
   return State(documents, words, state.count + 1), Info(loss[0] / loss[1])
