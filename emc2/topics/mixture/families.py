@@ -167,6 +167,8 @@ def gaussian_full(
   mean, center = _center(dim, mean, center)
   beta = mean_strength
   lower, upper = np.tril_indices(dim)
+  lower, upper = lower.astype(np.int32), upper.astype(np.int32)
+  squares = beta * mean[lower] * mean[upper]
   twice = np.where(lower == upper, 1.0, 2.0)
 
   def features(rows):
@@ -179,7 +181,7 @@ def gaussian_full(
     prior = jnp.asarray(mean, moments.dtype)
     strength = beta + count
     location = (beta * prior[None, :] + moments[:, :dim]) / strength[:, None]
-    packed = moments[:, dim:] + (beta * prior[lower] * prior[upper])[None, :]
+    packed = moments[:, dim:] + jnp.asarray(squares, moments.dtype)[None, :]
     products = location[:, lower] * location[:, upper]
     packed -= strength[:, None] * products
     inverse = jnp.zeros((*count.shape, dim, dim), moments.dtype)

@@ -1,0 +1,278 @@
+"""The Gaussian mixture experiment: every algorithm, setting and file."""
+
+import functools
+import json
+import pathlib
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+
+from emc2.experiments import gmm, gmm_figure, runner
+from emc2.topics import mixture
+
+SMALL = dict(num_passes=3, components=4, blocks=2, batch_size=50)
+
+
+def _rows(num_rows=200, dim=2):
+  rng = np.random.default_rng(0)
+  centers = 6 * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
+  rows = np.zeros((num_rows, dim))
+  rows[:, :2] = centers[rng.integers(4, size=num_rows)][:, :dim]
+  return rows + rng.normal(size=(num_rows, dim)) + 100
+
+
+@functools.lru_cache
+def _loss_of_plain_esvi():
+  return _loss_of_esvi(gmm.Config(**(SMALL | dict(num_passes=1))))
+
+
+def _loss_of_esvi(config):
+  """After its passes over a few rows."""
+  data = gmm.Data(_rows(40).astype(np.float32), None, config.components)
+  model = gmm.make_model(config, data)
+  method = gmm.make_method(config, 'esvi', model, data)
+
+  @jax.jit
+  def fit(key):
+    def body(state, number):
+      key = jax.random.fold_in(jax.random.key(0), number)
+      return method.step(key, state, (number, method.constants))
+
+    numbers = jnp.arange(config.num_passes * method.steps_per_pass)
+    return jax.lax.scan(body, method.init(key, None), numbers)[1]['loss'][-1]
+
+  return float(fit(jax.random.key(config.seed)))
+
+
+class GmmTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    # Optax's and TensorBoard's helpers count on promotion.
+    self.enter_context(jax.numpy_dtype_promotion('standard'))
+    one = mock.patch.object(jax, 'device_count', return_value=1)
+    self.enter_context(one)
+    # Nearly all of the time goes into compiling.
+    name = 'jax_disable_most_optimizations'
+    self.addCleanup(jax.config.update, name, jax.config.read(name))
+    jax.config.update(name, True)
+
+  def _run(self, folder='run', **settings):
+    config = gmm.Config(**(SMALL | settings))
+    return runner.start(config, gmm.run, self.folder / folder)
+
+  def _file(self, rows, name='rows.npy'):
+    path = self.folder / name
+    if path.suffix == '.npy':
+      np.save(path, rows)
+    else:
+      np.savetxt(path, rows, delimiter=',')
+    return str(path)
+
+  def test_every_algorithm_of_generated_data(self):
+    with mock.patch.dict(gmm.GENERATED, blobs=(400, 3, 4)):
+      results = self._run(components=0, num_passes=8, blocks=2)
+    self.assertEqual(
+      results, json.loads((self.folder / 'run/result.json').read_text())
+    )
+    keys = ('elbo', 'seconds', 'components', 'adjusted_rand')
+    self.assertEqual(
+      set(results),
+      {f'{name}.{key}' for name in gmm.ALGORITHMS for key in keys},
+    )
+    for name in gmm.ALGORITHMS:
+      steps, bounds = runner.read_metrics(self.folder / 'run' / name)['elbo']
+      self.assertLen(steps, 9)
+      self.assertEqual(bounds[-1], results[f'{name}.elbo'])
+      self.assertGreater(bounds[-1], bounds[0])
+      self.assertGreater(results[f'{name}.seconds'], 0)
+      self.assertBetween(results[f'{name}.components'], 1, 4)
+      if name == 'vi':
+        self.assertGreaterEqual(np.diff(bounds).min(), -1e-3)
+    self.assertGreater(results['svi.elbo'], results['svi_paper.elbo'])
+    self.assertGreater((self.folder / 'run/figure.png').stat().st_size, 30_000)
+
+  def test_files(self):
+    npy, csv = (
+      self._run(name, data=self._file(_rows(), f'rows.{name}'), algorithm='vi')
+      for name in ('npy', 'csv')
+    )
+    self.assertEqual(set(npy), {'vi.elbo', 'vi.seconds', 'vi.components'})
+    self.assertAlmostEqual(npy['vi.elbo'], csv['vi.elbo'], delta=1e-3)
+
+  def test_full_covariance(self):
+    rows = np.random.default_rng(0).normal(size=(200, 2))
+    path = self._file(rows @ np.array([[1.0, 0.95], [0.0, 0.1]]))
+    full, diagonal = (
+      self._run(name, data=path, algorithm='vi', covariance=name, components=2)
+      for name in ('full', 'diagonal')
+    )
+    self.assertGreater(full['vi.elbo'], diagonal['vi.elbo'] + 100)
+
+  @parameterized.parameters(
+    dict(concentration=0.5),
+    dict(mean_strength=0.1),
+    dict(degrees=9.0),
+    dict(scale=2.0),
+    dict(seed=1),
+    dict(num_passes=2),
+    dict(components=6),
+    dict(blocks=1),
+    dict(mixing='ring'),
+    dict(inner_batch=10),
+    dict(active_prob=0.5),
+  )
+  def test_settings_count(self, **given):
+    """Each changes what one pass of ESVI comes to."""
+    small = SMALL | dict(num_passes=1)
+    plain = _loss_of_plain_esvi()
+    changed = _loss_of_esvi(gmm.Config(**(small | given)))
+    self.assertGreater(abs(plain - changed), 1e-6)
+
+  def test_batch_size_counts(self):
+    data = gmm.Data(_rows().astype(np.float32), None, 4)
+    steps = []
+    for batch_size in (50, 100):
+      config = gmm.Config(**(SMALL | dict(batch_size=batch_size)))
+      model = gmm.make_model(config, data)
+      method = gmm.make_method(config, 'svi', model, data)
+      steps.append(method.steps_per_pass)
+    self.assertEqual(steps, [4, 2])
+
+  @parameterized.parameters(
+    ({'algorithm': 'em'}, r"algorithm must be some of .*got 'em'"),
+    ({'algorithm': ''}, "algorithm must be some of .*got ''"),
+    ({'algorithm': 'vi,vi'}, "algorithm must not repeat, got 'vi,vi'"),
+    ({'covariance': 'tied'}, "covariance must be one of .*got 'tied'"),
+    ({'num_passes': 0}, 'num_passes must be at least 1, got 0'),
+    ({'batch_size': 0}, 'batch_size must be at least 1, got 0'),
+    ({'components': -1}, 'components must be at least 0, got -1'),
+    ({'components': 1}, 'num_components must be at least 2, got 1'),
+    ({'inner_batch': -1}, 'inner_batch must be at least 0, got -1'),
+    ({'seed': -1}, 'seed must be at least 0, got -1'),
+    ({'degrees': -1.0}, 'degrees must be finite and positive.* got -1'),
+    ({'degrees': 1.0, 'covariance': 'full'}, 'degrees must be .* above dim'),
+    ({'scale': float('nan')}, 'scale must be finite and positive.* got nan'),
+    ({'concentration': 0.0}, 'concentration must be .* positive, got 0'),
+    ({'mean_strength': 0.0}, 'mean_strength must be .* positive, got 0'),
+    ({'blocks': 3}, 'num_blocks must divide the 4 components, got 3'),
+    ({'blocks': 4}, 'num_blocks must leave at least 2'),
+    ({'mixing': 'mix'}, "mixing must be one of .*got 'mix'"),
+    ({'active_prob': 1.5}, r'active_prob must lie in \(0, 1\], got 1.5'),
+    ({'batch_size': 20_000}, 'batch_size must be at most the 10000 rows'),
+    ({'data': 'clusters'}, "data must be one of .*got 'clusters'"),
+    ({'data': '/nowhere.npy'}, '/nowhere.npy: expected a matrix, got no such'),
+  )
+  def test_bad_settings_end_before_the_first_step(self, given, message):
+    with self.assertRaisesRegex(ValueError, message):
+      self._run(**given)
+    self.assertEqual(
+      [path.name for path in (self.folder / 'run').iterdir()], ['config.json']
+    )
+
+  def test_bad_files(self):
+    path = self.folder / 'rows.csv'
+    path.write_text('1,2\n3,x\n')
+    for data, message in (
+      (str(path), 'rows.csv: expected a matrix: .*row 1'),
+      (
+        self._file(np.zeros(3), 'a.npy'),
+        r'expected a matrix of numbers \(N, D\)',
+      ),
+      (self._file(np.array([['a']]), 'b.npy'), 'expected a matrix of numbers'),
+      (
+        self._file(np.array([[1.0, 2], [3, np.inf]]), 'c.npy'),
+        'got inf in row 2, col',
+      ),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        gmm.read(gmm.Config(data=data))
+    (self.folder / 'rows.npy').write_bytes(b'')
+    with self.assertRaisesRegex(ValueError, 'rows.npy: expected a matrix'):
+      gmm.read(gmm.Config(data=str(self.folder / 'rows.npy')))
+
+  def test_goes_on_after_a_cut(self):
+    data = gmm.Data(_rows().astype(np.float32), None, 4)
+    config = gmm.Config(**SMALL)
+    model = gmm.make_model(config, data)
+    fit = lambda folder: gmm.train(
+      config, 'esvi', model, data, self.folder / folder
+    )
+    whole, train = fit('whole'), runner.train
+
+    def cut(*args, num_steps, **kwargs):
+      train(*args, num_steps=2, **kwargs)
+      raise KeyboardInterrupt
+
+    with (
+      mock.patch.object(runner, 'train', cut),
+      self.assertRaises(KeyboardInterrupt),
+    ):
+      fit('cut')
+    jax.tree.map(np.testing.assert_array_equal, whole, fit('cut'))
+
+
+class DevicesTest(parameterized.TestCase):
+  def test_8_devices_equal_1(self):
+    self.enter_context(jax.numpy_dtype_promotion('standard'))
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    data = gmm.Data(_rows().astype(np.float32), None, 16)
+    config = gmm.Config(num_passes=2, blocks=8)
+    model = gmm.make_model(config, data)
+    fit = lambda name: gmm.train(config, 'esvi', model, data, folder / name)
+    eight = fit('eight')
+    with mock.patch.object(jax, 'device_count', return_value=1):
+      one = fit('one')
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2),
+      eight,
+      one,
+    )
+
+
+class FigureTest(parameterized.TestCase):
+  @parameterized.product(dim=(1, 2, 5), covariance=tuple(gmm.COVARIANCES))
+  def test_projected_covariances(self, dim, covariance):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(50, dim)) @ rng.normal(size=(dim, dim)) + 3
+    config = gmm.Config(covariance=covariance)
+    data = gmm.Data(rows.astype(np.float32), None, 2)
+    model = gmm.make_model(config, data)
+    z = np.zeros((50, 2))
+    z[:20, 0] = z[20:, 1] = 1
+    with jax.enable_x64(True):
+      found = mixture.model.summarize(model, jnp.asarray(rows), jnp.asarray(z))
+      found = jax.device_get(found)
+    points, ellipses, names = gmm.project(model, found, rows)
+    self.assertEqual((points.shape, ellipses.shape), ((50, 2), (2, 2, 3)))
+    self.assertLen(names, 2)
+    for part, ellipse in zip((points[:20], points[20:]), ellipses, strict=True):
+      np.testing.assert_allclose(ellipse[:, 0], part.mean(0), atol=1e-5)
+      if covariance == 'full':
+        want = np.cov(part.T, bias=True)
+        np.testing.assert_allclose(ellipse[:, 1:], want, atol=1e-4)
+    if dim <= 2:
+      np.testing.assert_allclose(points[:, :dim], rows, atol=1e-5)
+
+  def test_draws_each_component_where_it_is(self):
+    curve = np.arange(3.0), np.arange(3.0), np.array([-9.0, -2.0, -1.0])
+    ellipses = np.array([[[1.0, 4.0, 0.0], [2.0, 0.0, 1.0]]])
+    drawn = gmm_figure.draw(
+      {'vi': curve, 'esvi': curve},
+      np.zeros((9_000, 2)),
+      ellipses,
+      title='One.',
+      axes=('x', 'y'),
+    )
+    left, middle, right = drawn.axes
+    self.assertEqual(
+      (left.get_xlabel(), middle.get_xlabel()), ('passes', 'seconds')
+    )
+    self.assertLen(left.lines, 2)
+    self.assertLen(right.lines[0].get_xdata(), 3_000)
+    (patch,) = right.patches
+    self.assertEqual(tuple(patch.center), (1.0, 2.0))
+    self.assertCountEqual((patch.width, patch.height), (3.0, 6.0))
