@@ -12,6 +12,7 @@ from emc2.topics.lda import (
   documents,
   esvi,
   expectations,
+  inference,
   vi,
 )
 from emc2.topics.lda.bound import elbo
@@ -32,6 +33,7 @@ __all__ = [
   'esvi',
   'expectations',
   'from_csr',
+  'inference',
   'on_ring',
   'vi',
 ]

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
+def check_at_least(name: str, value: int | float, least: int | float) -> None:
   """Refuses a number below `least`, NaN and infinity."""
   if not (math.isfinite(value) and value >= least):
     raise ValueError(f'{name} must be at least {least}, got {value}.')
@@ -54,3 +54,24 @@ def check_cells(cells: Any, axis_name: str | None, *, dense: bool) -> None:
       'cells must have no dense words (`cut(..., dense_share=None)`) where '
       f'pairs are remembered, got {cells.dense.shape[-1]} in each block.'
     )
+
+
+def check_batch(batch: Any) -> None:
+  """Refuses what is no batch of documents."""
+  shape = batch.word_ids.shape
+  if len(shape) != 2 or batch.counts.shape != shape:
+    raise ValueError(
+      'batch must have word_ids and counts of one shape (batch, width), got '
+      f'{shape} and {batch.counts.shape}.'
+    )
+
+
+def check_word_sums(word_sums: Any, documents: Any) -> None:
+  """Refuses topics that are not over the words of some documents."""
+  if word_sums.ndim != 2 or word_sums.shape[0] != documents.num_words:
+    raise ValueError(
+      f'word_sums must be ({documents.num_words}, topics), a row for each word '
+      f'of the documents, got {word_sums.shape}.'
+    )
+  if word_sums.dtype.kind != 'f':
+    raise ValueError(f'word_sums must be floats, got {word_sums.dtype}.')

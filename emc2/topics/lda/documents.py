@@ -41,12 +41,14 @@ class Batch(NamedTuple):
   counts: Any  # (batch, width), float32; 0 in the padding.
 
 
-def from_csr(matrix: Any) -> Documents:
+def from_csr(matrix: Any, *, allow_no_tokens: bool = False) -> Documents:
   """Takes the counts of a sparse matrix in compressed rows.
 
   Args:
     matrix: Has `indptr`, `indices`, `data` and `shape` (D, V), as a
       `scipy.sparse.csr_array` does. A document may be empty.
+    allow_no_tokens: Whether all may be, as unseen documents may, and even be
+      none.
 
   Returns:
     The documents, without the zeros of the matrix and with what it lists twice
@@ -54,7 +56,7 @@ def from_csr(matrix: Any) -> Documents:
 
   Raises:
     ValueError: If a count is negative or not finite, an index lies outside of
-      its range, or there is no token at all.
+      its range, or there is no token at all and `allow_no_tokens` is False.
   """
   num_documents, num_words = matrix.shape
   starts = np.asarray(matrix.indptr, np.int64)
@@ -78,7 +80,7 @@ def from_csr(matrix: Any) -> Documents:
     raise ValueError('matrix must have finite counts, got NaN or infinity.')
   if np.any(counts < 0):
     raise ValueError(f'matrix must have counts >= 0, got {counts.min()}.')
-  if not np.any(counts):
+  if not allow_no_tokens and not np.any(counts):
     raise ValueError(
       f'matrix must have at least one token, got none in {num_documents} '
       'documents.'
@@ -122,24 +124,31 @@ def pad(documents: Documents, rows: np.ndarray, width: int) -> Batch:
     )
   columns = np.arange(width)
   inside = columns < lengths[:, None]
-  place = np.where(inside, documents.starts[rows][:, None] + columns, 0)
-  if not len(documents.counts):
-    place = np.zeros_like(place)
-  return Batch(
-    np.where(inside, documents.word_ids[place], 0).astype(np.int32),
-    np.where(inside, documents.counts[place], 0).astype(np.float32),
+  place = (documents.starts[rows][:, None] + columns)[inside]
+  batch = Batch(
+    np.zeros(inside.shape, np.int32), np.zeros(inside.shape, np.float32)
   )
+  batch.word_ids[inside] = documents.word_ids[place]
+  batch.counts[inside] = documents.counts[place]
+  return batch
 
 
 def batches(
-  documents: Documents, *, size: int = 256, min_width: int = 16
+  documents: Documents,
+  *,
+  size: int = 256,
+  min_width: int = 16,
+  max_places: int | None = None,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
   """All documents in batches of few shapes: widths are powers of two.
 
   Args:
     documents: The corpus.
-    size: Documents of a batch; the last one of a width is filled up.
+    size: Documents of a batch at most. The last batch of a width is filled up,
+      and all documents of a width that are fewer to the next power of two.
     min_width: The least width.
+    max_places: Documents times width at most, unless one document has more:
+      batches of long documents are smaller. None for no limit.
 
   Yields:
     The ids of the documents, -1 where filled up, and the batch.
@@ -148,8 +157,11 @@ def batches(
   widths = np.maximum(min_width, 1 << _log2_up(lengths))
   for width in np.unique(widths):
     ids = np.flatnonzero(widths == width)
-    ids = np.pad(ids, (0, -len(ids) % size), constant_values=-1)
-    for rows in ids.reshape(-1, size):
+    most = min(size, 1 << int(_log2_up(len(ids))))
+    if max_places is not None:
+      most = min(most, max(1, max_places // int(width)))
+    ids = np.pad(ids, (0, -len(ids) % most), constant_values=-1)
+    for rows in ids.reshape(-1, most):
       yield rows, pad(documents, rows, int(width))
 
 

@@ -1,18 +1,20 @@
-r"""Topics of documents under topics that stay: held-out documents, E-steps."""
+"""Topics of documents under topics that stay: unseen documents, E-steps."""
 
-import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emc2 import mesh as mesh_lib
 from emc2.topics.lda import checks, expectations
 from emc2.topics.lda import documents as documents_lib
 
-MAX_GATHERED = 1 << 24
-"""Numbers of all rows gathered for a batch: 64 MiB in float32."""
+MAX_GATHERED = 1 << 22
+"""Numbers of the rows gathered at once: 16 MiB in float32.
+
+A batch goes through them twice a step, so the cache should hold them.
+"""
 
 
 class Inferred(NamedTuple):
@@ -49,8 +51,8 @@ def infer(
 
   Args:
     batch: Documents (batch, width); one without a token gets gamma = alpha.
-    word_weights: B, (V, K), as :func:`expectations.word_weights` makes it; a
-      factor common to a word's topics makes no difference.
+    word_weights: B, (V, K), as :func:`word_weights` makes it; a factor common
+      to a word's topics makes no difference.
     alpha: Prior of a document's topics, above 0.
     max_steps: At least 1.
     tolerance: 0 for exactly `max_steps` steps.
@@ -59,7 +61,11 @@ def infer(
 
   Returns:
     In the dtype of `word_weights`.
+
+  Raises:
+    ValueError: If `batch` is not (batch, width).
   """
+  checks.check_batch(batch)
   rows = gather(word_weights, batch.word_ids)
   return infer_from_rows(
     batch.counts,
@@ -72,7 +78,7 @@ def infer(
 
 
 def infer_from_rows(
-  counts: jax.Array,
+  counts: jax.typing.ArrayLike,
   rows: jax.Array,
   *,
   alpha: jax.typing.ArrayLike,
@@ -115,22 +121,57 @@ def infer_from_rows(
     steps += moving.astype(jnp.int32)
     return number + 1, sums, weights, moving & (change >= tolerance), steps
 
-  start = jnp.asarray(start, rows.dtype)
-  # Made of `start`, so that all vary over the same mesh axes.
-  nothing = jnp.sum(start + rows[:, 0], -1) * 0
-  start += nothing[:, None]
-  carry = (
-    jnp.zeros([], jnp.int32),
-    start,
-    start,
-    nothing == 0,
-    nothing.astype(jnp.int32),
+  start, moving, steps, *_ = mesh_lib.vary_alike(
+    jnp.asarray(start, rows.dtype),
+    jnp.ones(counts.shape[:1], bool),
+    jnp.zeros(counts.shape[:1], jnp.int32),
+    counts,
+    rows,
   )
+  carry = jnp.zeros([], jnp.int32), start, start, moving, steps
   _, sums, weights, _, steps = jax.lax.while_loop(is_open, update, carry)
   return Inferred(sums, weights, steps)
 
 
-def gather(table: jax.Array, word_ids: jax.Array) -> jax.Array:
+def word_weights(
+  sums: jax.Array,
+  totals: jax.Array,
+  eta: jax.typing.ArrayLike,
+  num_words: int,
+) -> tuple[jax.Array, jax.Array]:
+  r"""Weights of words, each word's divided by about the largest.
+
+  With :math:`\psi(x) = \psi(x + 1) - 1 / x` and the largest
+  :math:`\lambda_v^* = \max_k \lambda_{vk}` of a word,
+
+  .. math::
+    e^{\psi(\lambda_{vk}) - \psi(\pi_k) + 1 / \lambda_v^*} =
+      e^{\psi(\lambda_{vk} + 1) - \psi(\pi_k)
+        + 1 / \lambda_v^* - 1 / \lambda_{vk}},
+
+  which does not underflow where all topics have :math:`\lambda_{vk} = \eta` of
+  some hundredths: a word that was never seen is still shared among the topics.
+
+  Args:
+    sums: (..., K), :math:`\lambda - \eta`: tokens by topic.
+    totals: (K,), their sums over all words.
+    eta: The prior.
+    num_words: V.
+
+  Returns:
+    (..., K), and the logarithms (...) of the factors that were left out.
+  """
+  eta = jnp.asarray(eta, sums.dtype)
+  weights = sums + eta
+  largest = jnp.max(weights, -1, keepdims=True)
+  scale = 1 / expectations.exp_digamma(totals + num_words * eta)
+  scale = scale.reshape((1,) * (sums.ndim - 1) + (-1,))
+  scaled = expectations.exp_digamma(weights + 1) * scale
+  scaled *= jnp.exp(1 / largest - 1 / weights)
+  return scaled, -1 / largest[..., 0]
+
+
+def gather(table: jax.Array, word_ids: jax.typing.ArrayLike) -> jax.Array:
   """Rows of a table (V, K) by word, (batch, width, K)."""
   return table.at[word_ids].get(mode='promise_in_bounds')
 
@@ -147,3 +188,138 @@ def add_rows(ratio: jax.Array, rows: jax.Array) -> jax.Array:
   return jnp.einsum(
     'dw,dwk->dk', ratio, rows, precision=jax.lax.Precision.HIGHEST
   )
+
+
+def transform(
+  word_sums: jax.typing.ArrayLike,
+  documents: documents_lib.Documents,
+  *,
+  alpha: float,
+  eta: float,
+  max_steps: int = 100,
+  tolerance: float = 1e-3,
+) -> np.ndarray:
+  r"""Shares of topics in documents, those that were seen or others.
+
+  Compiles once for each width of a batch, and there are few.
+
+  Args:
+    word_sums: (V, K), :math:`\lambda - \eta`: tokens by word and topic.
+    documents: D of them, over the same V words.
+    alpha: Prior of a document's topics, above 0.
+    eta: Prior of a topic's words, above 0.
+    max_steps: As in :func:`infer`.
+    tolerance: As in :func:`infer`.
+
+  Returns:
+    (D, K), :math:`\gamma_{dk} / \sum_k \gamma_{dk}`; equal shares where a
+    document has no token.
+
+  Raises:
+    ValueError: If an argument breaks its rule.
+  """
+  checks.check_positive('alpha', alpha)
+  checks.check_positive('eta', eta)
+  checks.check_at_least('max_steps', max_steps, 1)
+  checks.check_at_least('tolerance', tolerance, 0)
+  word_sums = jnp.asarray(word_sums)
+  checks.check_word_sums(word_sums, documents)
+  num_topics = word_sums.shape[1]
+  weights = _word_weights(word_sums, eta)
+  found = []
+  for ids, batch in documents_lib.batches(
+    documents, max_places=MAX_GATHERED // num_topics
+  ):
+    sums = _infer(batch, weights, alpha, max_steps, tolerance)
+    found.append((ids, sums))
+  shape = documents.num_documents, num_topics
+  gamma = np.full(shape, alpha, word_sums.dtype)
+  for ids, sums in found:
+    gamma[ids[ids >= 0]] += np.asarray(sums)[ids >= 0]
+  return gamma / np.sum(gamma, -1, keepdims=True)
+
+
+def perplexity(
+  word_sums: jax.typing.ArrayLike,
+  observed: documents_lib.Documents,
+  evaluated: documents_lib.Documents,
+  *,
+  alpha: float,
+  eta: float,
+  num_steps: int = 200,
+) -> float:
+  r"""How well the one half of documents foretells the other.
+
+  With :math:`\bar\theta_d = \gamma_d / \sum_k \gamma_{dk}` of the observed
+  tokens, :math:`\bar\beta_{vk} = \lambda_{vk} / \pi_k` and the counts
+  :math:`n_{dv}` of the evaluated ones,
+
+  .. math::
+    \exp \left( - \frac{\sum_{dv} n_{dv} \log \sum_k \bar\theta_{dk}
+      \bar\beta_{vk}}{\sum_{dv} n_{dv}} \right).
+
+  Args:
+    word_sums: (V, K), :math:`\lambda - \eta`: tokens by word and topic.
+    observed: D documents, over the same V words.
+    evaluated: Other tokens of the same D documents.
+    alpha: Prior of a document's topics, above 0.
+    eta: Prior of a topic's words, above 0.
+    num_steps: Of :func:`infer`, without a tolerance.
+
+  Returns:
+    The perplexity: 1 at least, and V for topics that know nothing.
+
+  Raises:
+    ValueError: If an argument breaks its rule.
+
+  .. note::
+    The paper plots a "test perplexity" without saying what it is; this is
+    document completion, with half of the tokens of each document drawn at
+    random on either side.
+  """
+  word_sums = np.asarray(word_sums)
+  checks.check_word_sums(word_sums, evaluated)
+  if evaluated.num_documents != observed.num_documents:
+    raise ValueError(
+      f'evaluated must have the {observed.num_documents} documents of '
+      f'observed, got {evaluated.num_documents}.'
+    )
+  if not evaluated.num_tokens:
+    raise ValueError('evaluated must have at least one token, got none.')
+  theta = transform(
+    word_sums,
+    observed,
+    alpha=alpha,
+    eta=eta,
+    max_steps=num_steps,
+    tolerance=0.0,
+  )
+  num_words, num_topics = word_sums.shape
+  totals = np.sum(word_sums, 0, dtype=np.float64) + num_words * eta
+  theta /= totals.astype(theta.dtype)
+  of_pair = evaluated.document_ids
+  total, size = 0.0, max(1, MAX_GATHERED // num_topics)
+  for first in range(0, len(of_pair), size):
+    pairs = slice(first, first + size)
+    rows = word_sums[evaluated.word_ids[pairs]] + word_sums.dtype.type(eta)
+    shares = np.einsum('pk,pk->p', theta[of_pair[pairs]], rows)
+    logs = np.log(shares, dtype=np.float64)
+    total += np.dot(evaluated.counts[pairs], logs)
+  return float(np.exp(-total / evaluated.num_tokens))
+
+
+@jax.jit
+def _word_weights(word_sums, eta):
+  totals = jnp.sum(word_sums, 0)
+  return word_weights(word_sums, totals, eta, word_sums.shape[0])[0]
+
+
+@jax.jit
+def _infer(batch, weights, alpha, max_steps, tolerance):
+  return infer(
+    batch,
+    weights,
+    alpha=alpha,
+    max_steps=max_steps,
+    tolerance=tolerance,
+  ).documents
