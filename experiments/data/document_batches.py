@@ -9,13 +9,7 @@ import scipy.sparse
 
 from emc2.experiments.data import bag_of_words, order, scanning
 from emc2.experiments.data import corpus as corpus_lib
-
-
-class Batch(NamedTuple):
-  """Documents side by side, each padded to the same number of words."""
-
-  word_ids: np.ndarray  # (batch, width) int32; 0 where padded.
-  counts: np.ndarray  # (batch, width) float32; 0 where padded.
+from emc2.topics.lda import documents
 
 
 class Size(NamedTuple):
@@ -28,7 +22,9 @@ class Size(NamedTuple):
   max_words: int  # Different words of the document that has most.
 
 
-def pad(counts: scipy.sparse.csr_array, max_words: int | None = None) -> Batch:
+def pad(
+  counts: scipy.sparse.csr_array, max_words: int | None = None
+) -> documents.Batch:
   """Lays documents side by side.
 
   Args:
@@ -48,11 +44,10 @@ def pad(counts: scipy.sparse.csr_array, max_words: int | None = None) -> Batch:
     >>> word_ids.tolist(), counts.tolist()
     ([[1, 2, 0], [2, 0, 0]], [[2.0, 1.0, 0.0], [5.0, 0.0, 0.0]])
   """
-  sizes = np.diff(counts.indptr)
-  return _pad(sizes, counts.indices, counts.data, max_words)
+  return _pad(np.diff(counts.indptr), counts.indices, counts.data, max_words)
 
 
-def _pad(sizes, word_ids, counts, max_words: int | None) -> Batch:
+def _pad(sizes, word_ids, counts, max_words: int | None) -> documents.Batch:
   longest = int(sizes.max(initial=0))
   if max_words is None:
     max_words = 1 << max(longest - 1, 0).bit_length()
@@ -61,13 +56,10 @@ def _pad(sizes, word_ids, counts, max_words: int | None) -> Batch:
       'max_words must be at least the different words of each document, got '
       f'{max_words} and a document of {longest}.'
     )
-  filled = np.arange(max_words)[None, :] < sizes[:, None]
-  batch = Batch(
-    np.zeros(filled.shape, np.int32), np.zeros(filled.shape, np.float32)
-  )
-  batch.word_ids[filled] = word_ids
-  batch.counts[filled] = counts
-  return batch
+  starts = np.concatenate([[0], np.cumsum(sizes)])
+  num_words = int(word_ids.max(initial=-1)) + 1
+  rows = documents.Documents(starts, word_ids, counts, num_words)
+  return documents.pad(rows, np.arange(sizes.size), max_words)
 
 
 class _Take(grain.transforms.Map):
@@ -78,7 +70,7 @@ class _Take(grain.transforms.Map):
     self._max_words = max_words
     self._settings = settings
 
-  def map(self, step: int) -> Batch:
+  def map(self, step: int) -> documents.Batch:
     index = order.batch_indices(step=step, **self._settings)
     return pad(self._counts[index], self._max_words)
 
@@ -220,7 +212,7 @@ class _Documents(grain.DatasetIterator):
         f'different words, max_words, got {longest} in document {number}.'
       )
 
-  def __next__(self) -> Batch:
+  def __next__(self) -> documents.Batch:
     parts, missing = [], self._batch_size
     while missing:
       if self._row >= self._size():
@@ -234,7 +226,7 @@ class _Documents(grain.DatasetIterator):
       self._row += sizes.size
     sizes, *pairs = map(np.concatenate, zip(*parts, strict=True))
     batch = _pad(sizes, *pairs, self._max_words)
-    return Batch(*(values[self._shard] for values in batch))
+    return documents.Batch(*(values[self._shard] for values in batch))
 
   def get_state(self) -> dict[str, Any]:
     start = None if self._start is None else list(self._start)
