@@ -91,11 +91,14 @@ def dispatch(
     NotImplementedError: the named kernel does not take these arguments.
   """
   if implementation == 'xla':
-    return reference(*args)
-  if implementation == 'auto':
-    fits = [kernel for kernel in kernels.values() if not kernel.unsupported]
-    choices = {kernel.platform: kernel.run for kernel in fits}
-    choices['default'] = reference
+    choices = {}
+  elif implementation == 'auto':
+    choices = {
+      platform: run
+      for platform, run, reason in kernels.values()
+      if reason is None
+    }
+    choices |= {'default': reference} if choices else {}
   elif implementation in kernels:
     platform, run, reason = kernels[implementation]
     if reason is not None:
@@ -104,4 +107,6 @@ def dispatch(
   else:
     known = ', '.join(['auto', 'xla', *kernels])
     raise ValueError(f'{implementation=} is not one of {known}.')
+  if not choices:
+    return reference(*args)
   return jax.lax.platform_dependent(*args, **choices)

@@ -576,7 +576,7 @@ def runnable():
       jax.devices(platform)
     except RuntimeError:
       continue
-    if platform == 'tpu' or pallas_gpu.has_instructions():
+    if platform == 'tpu' or lowering.is_hopper():
       found.append((name, platform))
   return found
 

@@ -5,9 +5,8 @@ import functools
 import jax
 import numpy as np
 
+from emc2.kernels import lowering
 from emc2.kernels.mada import blocked, pallas_tpu, reference
-
-_IMPLEMENTATIONS = ('auto', 'xla', 'blocked', 'pallas_tpu')
 
 
 def advance(
@@ -66,14 +65,30 @@ def exchange(
     ValueError: If `implementation` is unknown.
     NotImplementedError: If it does not take this leaf.
   """
-  if implementation not in _IMPLEMENTATIONS:
-    raise ValueError(
-      f'{implementation=} is not one of {", ".join(_IMPLEMENTATIONS)}.'
-    )
   wide, up = _widen(new_grad, k)
   given = moments, grad, new_grad, hyper_grad
-  run = _choose(implementation, given, new_grad)
-  after, kept, products = run(*jax.tree.map(up, given), wide, settings=settings)
+  fixed = lambda module: functools.partial(module.exchange, settings=settings)
+  # Else the casts would be arrays beside.
+  alike = all(leaf.dtype == new_grad.dtype for leaf in jax.tree.leaves(given))
+  kernels = {
+    'blocked': lowering.Kernel(
+      'cpu',
+      fixed(blocked),
+      blocked.unsupported(new_grad) if alike else 'want one dtype.',
+    ),
+    'pallas_tpu': lowering.Kernel(
+      'tpu', fixed(pallas_tpu), pallas_tpu.unsupported(moments, grad)
+    ),
+  }
+  if implementation == 'auto' and not _is_whole():
+    implementation = 'xla'
+  after, kept, products = lowering.dispatch(
+    implementation,
+    fixed(reference),
+    kernels,
+    *jax.tree.map(up, given),
+    wide,
+  )
   down = lambda a, b: a.astype(b.dtype)
   return jax.tree.map(down, after, moments), down(kept, grad), products
 
@@ -104,37 +119,6 @@ def _widen(grad, k):
   """The scalars, and a cast of arrays, in the dtype that a leaf computes in."""
   dtype = np.promote_types(grad.dtype, np.float32)
   return k.astype(dtype), lambda x: x.astype(dtype)
-
-
-def _choose(implementation, given, grad):
-  """The function that :func:`exchange` runs, with the settings by name."""
-  if implementation == 'xla':
-    return reference.exchange
-  fits = {'cpu': blocked, 'tpu': pallas_tpu}
-  # Else the casts would be arrays beside.
-  alike = all(leaf.dtype == grad.dtype for leaf in jax.tree.leaves(given))
-  reasons = {
-    'cpu': blocked.unsupported(grad) if alike else 'want one dtype.',
-    'tpu': pallas_tpu.unsupported(*given[:2]),
-  }
-  if implementation == 'auto':
-    fits = {
-      name: module.exchange
-      for name, module in fits.items()
-      if reasons[name] is None and _is_whole()
-    }
-    return functools.partial(_by_platform, fits) if fits else reference.exchange
-  platform = {'blocked': 'cpu', 'pallas_tpu': 'tpu'}[implementation]
-  if reasons[platform] is not None:
-    raise NotImplementedError(f'{implementation}: {reasons[platform]}')
-  return fits[platform].exchange
-
-
-def _by_platform(fits, *args, settings):
-  fixed = lambda run: functools.partial(run, settings=settings)
-  choices = {name: fixed(run) for name, run in fits.items()}
-  default = fixed(reference.exchange)
-  return jax.lax.platform_dependent(*args, **choices, default=default)
 
 
 def _is_whole():

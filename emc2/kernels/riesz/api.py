@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from emc2 import mesh
+from emc2.kernels import lowering
 from emc2.kernels.riesz import pallas_gpu, pallas_tpu, reference
 
 _KERNELS = {
   'pallas_tpu': ('tpu', pallas_tpu),
   'pallas_gpu': ('cuda', pallas_gpu),
 }
-_IMPLEMENTATIONS = ('auto', 'xla', *_KERNELS)
 
 
 class Riesz(NamedTuple):
@@ -27,22 +27,14 @@ class Riesz(NamedTuple):
 def _dispatch(implementation, exponent, rows, columns):
   """Runs the chosen implementation."""
   fixed = lambda module: functools.partial(_forward, module, exponent)
-  if implementation == 'xla':
-    return fixed(reference)(rows, columns)
-  if implementation == 'auto':
-    choices = {
-      platform: fixed(module)
-      for platform, module in _KERNELS.values()
-      if module.unsupported(rows, columns, exponent) is None
-    }
-    choices['default'] = fixed(reference)
-  else:
-    platform, module = _KERNELS[implementation]
-    reason = module.unsupported(rows, columns, exponent)
-    if reason is not None:
-      raise NotImplementedError(f'{implementation}: {reason}')
-    choices = {platform: fixed(module)}
-  return jax.lax.platform_dependent(rows, columns, **choices)
+  reason = lambda module: module.unsupported(rows, columns, exponent)
+  kernels = {
+    name: lowering.Kernel(platform, fixed(module), reason(module))
+    for name, (platform, module) in _KERNELS.items()
+  }
+  return lowering.dispatch(
+    implementation, fixed(reference), kernels, rows, columns
+  )
 
 
 def _forward(module, exponent, rows, columns):
@@ -81,7 +73,7 @@ def _riesz_jvp(implementation, exponent, primals, tangents):
   return out, Riesz(*moved)
 
 
-def _check(rows, columns, exponent, implementation):
+def _check(rows, columns, exponent):
   """Raises what :func:`riesz` promises to raise."""
   if rows.ndim < 2 or not jnp.issubdtype(rows.dtype, jnp.floating):
     raise ValueError(
@@ -106,10 +98,6 @@ def _check(rows, columns, exponent, implementation):
     raise ValueError(
       'exponent must be positive, or 0 for the logarithmic energy, got'
       f' {exponent}.'
-    )
-  if implementation not in _IMPLEMENTATIONS:
-    raise ValueError(
-      f'{implementation=} is not one of {", ".join(_IMPLEMENTATIONS)}.'
     )
 
 
@@ -171,5 +159,5 @@ def riesz(
   rows = jnp.asarray(rows)
   columns = None if columns is None else jnp.asarray(columns)
   exponent = float(exponent)
-  _check(rows, columns, exponent, implementation)
+  _check(rows, columns, exponent)
   return _riesz(implementation, exponent, *mesh.vary_alike(rows, columns))

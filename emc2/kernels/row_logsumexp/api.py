@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from emc2 import mesh
+from emc2.kernels import lowering
 from emc2.kernels.row_logsumexp import pallas_gpu, pallas_tpu, reference
 
 _KERNELS = {
   'pallas_tpu': ('tpu', pallas_tpu),
   'pallas_gpu': ('cuda', pallas_gpu),
 }
-_IMPLEMENTATIONS = ('auto', 'xla', *_KERNELS)
 
 
 class RowLogsumexp(NamedTuple):
@@ -23,31 +23,18 @@ class RowLogsumexp(NamedTuple):
   mean: jax.Array  # (n,), float32: sum_j p_aj rows_a . columns_j; no gradient.
 
 
-def _fits_auto(module, rows, columns):
-  # Without a GPU in sight none is lowered for, and tracing a kernel takes time.
-  if module is pallas_gpu and not pallas_gpu.has_instructions():
-    return False
-  return module.unsupported(rows, columns) is None
-
-
 def _dispatch(direction, implementation, rows, columns, *stats):
   """Runs `direction` of the chosen implementation."""
-  default = getattr(reference, direction)
-  if implementation == 'xla':
-    return default(rows, columns, *stats)
-  if implementation == 'auto':
-    choices = {
-      platform: getattr(module, direction)
-      for platform, module in _KERNELS.values()
-      if _fits_auto(module, rows, columns)
-    }
-    choices['default'] = default
-  else:
-    platform, module = _KERNELS[implementation]
-    if (reason := module.unsupported(rows, columns)) is not None:
-      raise NotImplementedError(f'{implementation}: {reason}')
-    choices = {platform: getattr(module, direction)}
-  return jax.lax.platform_dependent(rows, columns, *stats, **choices)
+  pick = lambda module: getattr(module, direction)
+  kernels = {
+    name: lowering.Kernel(
+      platform, pick(module), module.unsupported(rows, columns)
+    )
+    for name, (platform, module) in _KERNELS.items()
+  }
+  return lowering.dispatch(
+    implementation, pick(reference), kernels, rows, columns, *stats
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -72,7 +59,7 @@ def _row_logsumexp_bwd(implementation, residuals, cotangents):
 _row_logsumexp.defvjp(_row_logsumexp_fwd, _row_logsumexp_bwd)
 
 
-def _check(rows, columns, position, scale, implementation):
+def _check(rows, columns, position, scale):
   """Raises what :func:`row_logsumexp` promises to raise."""
   if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.floating):
     raise ValueError(
@@ -112,10 +99,6 @@ def _check(rows, columns, position, scale, implementation):
     raise ValueError(
       f'scale must be a float, one or of shape ({n},), got {scale.dtype} of'
       f' shape {scale.shape}.'
-    )
-  if implementation not in _IMPLEMENTATIONS:
-    raise ValueError(
-      f'{implementation=} is not one of {", ".join(_IMPLEMENTATIONS)}.'
     )
 
 
@@ -191,7 +174,7 @@ def row_logsumexp(
   if columns is not None:
     columns = jnp.asarray(columns)
     position = None if position is None else jnp.asarray(position)
-  _check(rows, columns, position, scale, implementation)
+  _check(rows, columns, position, scale)
   n = rows.shape[0]
   if columns is None:
     image = reference.column_image(n)

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from emc2.kernels import lowering
 from emc2.kernels.row_logsumexp import reference
 
-_HOPPER = ('H100', 'H200', 'H800', 'H20')
 _PROCESSORS = 132
 _SHARED_BYTES = 227 * 1024
 _HELD = 64  # Rows that a warpgroup's matrix instruction takes.
@@ -31,31 +31,14 @@ _MAX_FEATURES = 256
 _LOG2E = math.log2(math.e)
 
 
-def has_instructions():
-  """Whether the GPUs at hand are Hopper; None where no GPU is known.
-
-  A mesh in scope that names a chip decides, else the GPUs of this machine.
-  """
-  chip = jax.sharding.get_abstract_mesh().abstract_device
-  if chip is not None:
-    if chip.platform not in ('cuda', 'gpu'):
-      return None
-    return any(name in chip.device_kind for name in _HOPPER)
-  try:
-    devices = jax.local_devices(backend='cuda')
-  except RuntimeError:
-    return None
-  return all(device.compute_capability == '9.0' for device in devices)
-
-
 def unsupported(rows, columns):
   """Why the kernels do not take these arguments, or None."""
   del columns
   d = rows.shape[1]
   if d > _MAX_FEATURES:
     return f'want at most {_MAX_FEATURES} features, got {d}.'
-  if has_instructions() is False:
-    return 'want a Hopper GPU, got another one.'
+  if not lowering.is_hopper():
+    return 'want a Hopper GPU.'
   return None
 
 
