@@ -12,7 +12,9 @@ from emc2.topics.lda import (
   documents,
   esvi,
   expectations,
+  fading,
   inference,
+  svi,
   vi,
 )
 from emc2.topics.lda.bound import elbo
@@ -32,8 +34,10 @@ __all__ = [
   'elbo',
   'esvi',
   'expectations',
+  'fading',
   'from_csr',
   'inference',
   'on_ring',
+  'svi',
   'vi',
 ]

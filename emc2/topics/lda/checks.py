@@ -66,12 +66,16 @@ def check_batch(batch: Any) -> None:
     )
 
 
-def check_word_sums(word_sums: Any, documents: Any) -> None:
-  """Refuses topics that are not over the words of some documents."""
-  if word_sums.ndim != 2 or word_sums.shape[0] != documents.num_words:
+def check_word_sums(
+  word_sums: Any, num_words: int, num_topics: int | None = None
+) -> None:
+  """Refuses topics that are not over so many words."""
+  shape = word_sums.shape
+  fits = len(shape) == 2 and shape[0] == num_words
+  if not fits or num_topics not in (None, shape[1]):
     raise ValueError(
-      f'word_sums must be ({documents.num_words}, topics), a row for each word '
-      f'of the documents, got {word_sums.shape}.'
+      f'word_sums must be ({num_words}, {num_topics or "topics"}), a row for '
+      f'each word, got {shape}.'
     )
   if word_sums.dtype.kind != 'f':
     raise ValueError(f'word_sums must be floats, got {word_sums.dtype}.')

@@ -223,7 +223,7 @@ def transform(
   checks.check_at_least('max_steps', max_steps, 1)
   checks.check_at_least('tolerance', tolerance, 0)
   word_sums = jnp.asarray(word_sums)
-  checks.check_word_sums(word_sums, documents)
+  checks.check_word_sums(word_sums, documents.num_words)
   num_topics = word_sums.shape[1]
   weights = _word_weights(word_sums, eta)
   found = []
@@ -278,7 +278,7 @@ def perplexity(
     random on either side.
   """
   word_sums = np.asarray(word_sums)
-  checks.check_word_sums(word_sums, evaluated)
+  checks.check_word_sums(word_sums, evaluated.num_words)
   if evaluated.num_documents != observed.num_documents:
     raise ValueError(
       f'evaluated must have the {observed.num_documents} documents of '
