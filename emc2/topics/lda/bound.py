@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy import special
 
+from emc2 import ring
 from emc2.topics.lda import cells as cells_lib
 from emc2.topics.lda import expectations, sweep
 
@@ -52,30 +53,36 @@ def elbo(
   num_topics = documents.shape[1]
   totals = jnp.sum(words, (0, 1))
   if axis_name is not None:
-    words = jax.lax.all_gather(words, axis_name, tiled=True)
     totals = jax.lax.psum(totals, axis_name)
   weights = expectations.document_weights(documents, alpha)
-  others = expectations.word_weights(words, totals, eta, num_words)
+  cells = jax.tree.map(lambda x: jnp.asarray(x)[0], cells)
+  read = jax.lax.dynamic_index_in_dim
 
-  def visit(unused_carry, block):
-    del unused_carry
-    others, cell = block
-    return None, sweep.add_up(weights, others, cell).log_likelihood
+  def visit(likelihood, own, block, number):
+    others = expectations.word_weights(block, totals, eta, num_words)
+    cell = jax.tree.map(lambda x: read(x, number, keepdims=False), cells)
+    new = sweep.add_up(weights, others, cell).log_likelihood
+    return likelihood + new, own, block
 
-  cell = jax.tree.map(lambda x: x[0], cells)
-  _, likelihood = jax.lax.scan(visit, None, (others, cell))
-  by_document = _dirichlet(documents, jnp.sum(documents, 1), alpha, num_topics)
-  bound = jnp.sum(likelihood) + jnp.sum(by_document)
+  bound = jnp.zeros_like(documents, shape=())
+  bound, _, _ = ring.rotate(visit, bound, (), words, axis_name=axis_name)
+  lengths = jnp.sum(documents, 1, keepdims=True)
+  bound += jnp.sum(_by_entry(documents, lengths, alpha, num_topics))
+  bound += jnp.sum(_constants(lengths, alpha, num_topics))
+  bound += jnp.sum(_by_entry(words, totals[None, None], eta, num_words))
   if axis_name is not None:
     bound = jax.lax.psum(bound, axis_name)
-  by_topic = _dirichlet(words.reshape(-1, num_topics).T, totals, eta, num_words)
-  return bound + jnp.sum(by_topic)
+  return bound + jnp.sum(_constants(totals, eta, num_words))
 
 
-def _dirichlet(sums, totals, prior, size):
-  """Minus the divergence of Dir(prior + sums) from Dir(prior), by row."""
-  posterior, total = sums + prior, totals + size * prior
-  log_mean = special.digamma(posterior) - special.digamma(total)[:, None]
-  by_entry = special.gammaln(posterior) - special.gammaln(prior)
-  constant = special.gammaln(size * prior) - special.gammaln(total)
-  return jnp.sum(by_entry - sums * log_mean, 1) + constant
+# Minus the divergence of Dir(prior + sums) from Dir(prior), in two parts.
+def _by_entry(sums, totals, prior, size):
+  log_mean = special.digamma(sums + prior)
+  log_mean -= special.digamma(totals + size * prior)
+  return (
+    special.gammaln(sums + prior) - special.gammaln(prior) - sums * log_mean
+  )
+
+
+def _constants(totals, prior, size):
+  return special.gammaln(size * prior) - special.gammaln(totals + size * prior)

@@ -76,7 +76,7 @@ def step(
     new = (
       (sweep.gather(documents, ids) - phi + alpha)
       * (sweep.gather(block, word_ids) - phi + eta)
-      / (totals - phi + num_words * eta)
+      / (totals[None] - phi + num_words * eta)
     )
     # Rounding may take a token from where there is none.
     new = jnp.maximum(new, 0)

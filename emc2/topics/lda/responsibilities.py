@@ -31,7 +31,7 @@ class Local(NamedTuple):
     if axis_name is not None:
       key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     num_blocks = cells.counts.shape[1]
-    cells = jax.tree.map(lambda x: x[0], cells)
+    cells = jax.tree.map(lambda x: jnp.asarray(x)[0], cells)
     return cls(key, cells, num_topics, -(-num_words // num_blocks))
 
   @property

@@ -58,7 +58,7 @@ def step(
 ) -> tuple[State, Info]:
   """One pass over all cells; see :func:`vi`."""
   del key
-  cells = jax.tree.map(lambda x: x[0], cells)
+  cells = jax.tree.map(lambda x: jnp.asarray(x)[0], cells)
   totals = jnp.sum(state.words, (0, 1))
   others = expectations.word_weights(state.words, totals, eta, num_words)
   zeros = jnp.zeros_like(state.documents)
