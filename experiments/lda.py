@@ -1,0 +1,592 @@
+"""Topics of documents by every algorithm for LDA, side by side.
+
+HEAD
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from etils import epath
+from jax.experimental import multihost_utils
+
+from emc2 import mesh as mesh_lib
+from emc2.experiments import lda_figure, metrics, runner
+from emc2.experiments.data import bag_of_words, document_batches, scanning
+from emc2.topics import lda
+
+ON_RING = ('esvi', 'esvi_topk', 'vi', 'cvb0')
+"""Pass over all documents, which they hold, on one device or a ring of all."""
+
+ONLINE = ('svi', 'scvb0')
+"""Take a batch of documents at a time, on one device."""
+
+ALGORITHMS = (*ON_RING, *ONLINE)
+
+MOST_EVALUATED = 1_000
+"""Documents of a stream that are held out at most: they stay in memory."""
+
+
+@dataclasses.dataclass
+class Config:
+  """Settings."""
+
+  corpus: str = 'docstrings'  # Or a file of lda-c or of UCI's bags of words.
+  vocabulary: str = ''  # A file of a word per line; '' looks beside the corpus.
+  algorithm: str = 'all'  # Or names of `ALGORITHMS`, with commas between.
+  topics: int = 40  # K.
+  alpha: float = 0.1
+  eta: float = 0.01
+  passes: int = 50
+  blocks: int = 16  # Of words; a multiple of the number of devices.
+  held_out: float = 0.1  # Share of the documents.
+  concentration: float = 100.0  # Of the first responsibilities of esvi and vi.
+  document_steps: int = 1  # E-steps of a pass of vi.
+  storage: str = 'cell'  # Of esvi: or 'phi', 'topk'.
+  top_c: int = 0  # C of 'topk' and esvi_topk; 0 for a quarter of the topics.
+  pi_sync: str = 'rotation'  # Of esvi, esvi_topk: or 'epoch'.
+  tile: int = 256  # Pairs that are worked on at once.
+  dense_share: float = (
+    0.0  # Words as frequent are kept dense, for accelerators.
+  )
+  online_passes: int = 10  # Of svi, scvb0, whose passes are many steps.
+  batch_size: int = 256  # Documents of a step of svi, scvb0.
+  max_steps: int = 50  # E-steps of a document in svi, at most.
+  delay: float = 10.0  # tau_0 of svi, whose step sizes are (tau_0 + t)^-0.7.
+  stream: bool = False  # Whether svi, scvb0 read the file batch by batch.
+  evaluations: int = 10  # Of each algorithm, ever further apart.
+  seed: int = 0
+
+
+class Data(NamedTuple):
+  """What is trained on, and what is foretold."""
+
+  size: document_batches.Size  # Of the whole corpus.
+  words: tuple[str, ...]
+  training: bag_of_words.Corpus | None  # None of a stream.
+  observed: lda.Documents  # Half of the tokens of those held out.
+  evaluated: lda.Documents  # The other half.
+  held_out: np.ndarray  # (n,): where in a stream they stand.
+
+
+class Method(NamedTuple):
+  """An algorithm as :func:`runner.train` runs it."""
+
+  init: Callable[[jax.Array], Any]
+  step: Callable[[jax.Array, Any, Any], tuple[Any, Any]]
+  constants: Any  # What each step reads, or None.
+  batches: Callable[[], Iterator[Any]] | None  # From the host, if any.
+  word_sums: Callable[[Any], np.ndarray]  # Of a state, (V, K).
+  document_sums: Callable[[Any], np.ndarray] | None  # (D, K), if it has them.
+  steps_per_pass: int
+  num_steps: int
+
+
+def check(config: Config) -> list[str]:
+  """Refuses bad settings that show without the corpus.
+
+  Args:
+    config: The settings.
+
+  Returns:
+    The names of the algorithms.
+
+  Raises:
+    ValueError: If a setting breaks its rule.
+  """
+  possible = ONLINE if config.stream else ALGORITHMS
+  if config.algorithm == 'all':
+    names = list(possible)
+  else:
+    names = config.algorithm.split(',')
+  for name in names:
+    if name not in ALGORITHMS:
+      raise ValueError(
+        f"algorithm must be 'all' or some of {ALGORITHMS}, with commas "
+        f'between, got {name!r}.'
+      )
+    if name not in possible:
+      raise ValueError(
+        f'algorithm must be some of {ONLINE} with stream, got {name!r}.'
+      )
+  if len(set(names)) < len(names):
+    raise ValueError(f'algorithm must not repeat, got {config.algorithm!r}.')
+  if jax.process_count() > 1 and not set(names) <= set(ON_RING):
+    raise ValueError(
+      f'algorithm must be some of {ON_RING} with several processes, got '
+      f'{config.algorithm!r}.'
+    )
+  if config.stream and config.corpus == 'docstrings':
+    raise ValueError("corpus must be a file with stream, got 'docstrings'.")
+  lowest = dict(topics=2, passes=1, online_passes=1, blocks=1, tile=1)
+  lowest |= dict(batch_size=1, document_steps=1, max_steps=1, top_c=0)
+  for name, least in (lowest | dict(evaluations=2, seed=0)).items():
+    value = getattr(config, name)
+    if value < least:
+      raise ValueError(f'{name} must be at least {least}, got {value}.')
+  for name in ('alpha', 'eta'):
+    value = getattr(config, name)
+    if not 0 < value < math.inf:
+      raise ValueError(f'{name} must be finite and above 0, got {value}.')
+  if not 0 < config.held_out < 1:
+    raise ValueError(f'held_out must lie in (0, 1), got {config.held_out}.')
+  if not 0 <= config.dense_share <= 1:
+    raise ValueError(
+      f'dense_share must lie in [0, 1], got {config.dense_share}.'
+    )
+  if config.top_c > config.topics:
+    raise ValueError(
+      f'top_c must lie in [1, {config.topics}], the number of topics, or be 0 '
+      f'for a quarter of them, got {config.top_c}.'
+    )
+  if config.blocks % jax.device_count() and set(names) & set(ON_RING):
+    raise ValueError(
+      f'blocks must be a multiple of the {jax.device_count()} devices, got '
+      f'{config.blocks}.'
+    )
+  return names
+
+
+def read(config: Config) -> Data:
+  """Reads the corpus, or of a stream what must stay in memory.
+
+  Args:
+    config: The settings.
+
+  Returns:
+    The data.
+
+  Raises:
+    ValueError: If a file is missing or broken; it names the file and the line.
+  """
+  vocabulary = config.vocabulary or None
+  if config.stream:
+    return _measure(config, vocabulary)
+  corpus = bag_of_words.read(config.corpus, vocabulary)
+  training, test = bag_of_words.split_documents(
+    corpus, config.held_out, seed=config.seed
+  )
+  size = document_batches.Size(
+    corpus.num_documents,
+    corpus.num_words,
+    corpus.num_pairs,
+    corpus.num_tokens,
+    corpus.max_words,
+  )
+  no_rows = np.zeros(0, np.int64)
+  halves = _halves(config, test.counts)
+  return Data(size, _names(corpus.words, size), training, *halves, no_rows)
+
+
+def _measure(config, vocabulary):
+  """Reads a file twice, and keeps of it what is evaluated."""
+  size = document_batches.measure(config.corpus, vocabulary)
+  count = min(MOST_EVALUATED, round(config.held_out * size.num_documents))
+  if not 0 < count < size.num_documents:
+    raise ValueError(
+      f'held_out must leave a document in each part, got {config.held_out} of '
+      f'{size.num_documents} documents.'
+    )
+  rows = np.arange(count) * size.num_documents // count
+  form = bag_of_words.file_format(config.corpus)
+  kept = []
+  for block in form.scan(config.corpus, vocabulary):
+    starts = np.concatenate([[0], np.cumsum(block.sizes)])
+    inside = rows - block.start.document
+    for row in inside[(inside >= 0) & (inside < block.sizes.size)]:
+      pairs = slice(starts[row], starts[row + 1])
+      kept.append((block.counts[pairs], block.word_ids[pairs]))
+  counts, word_ids = map(np.concatenate, zip(*kept, strict=True))
+  starts = np.cumsum([0, *(len(pair[0]) for pair in kept)])
+  shape = count, size.num_words
+  test = scipy.sparse.csr_array((counts, word_ids, starts), shape)
+  words = scanning.read_words(vocabulary) if vocabulary else None
+  halves = _halves(config, test)
+  return Data(size, _names(words, size), None, *halves, rows)
+
+
+def _halves(config, counts):
+  halves = bag_of_words.split_tokens(counts, seed=config.seed)
+  halves = [lda.from_csr(half, allow_no_tokens=True) for half in halves]
+  if not halves[1].num_tokens:
+    raise ValueError(
+      f'held_out must hold out two tokens or more of a document, got none with '
+      f'{config.held_out}.'
+    )
+  return halves
+
+
+def _names(words, size):
+  return words or tuple(f'word {i}' for i in range(size.num_words))
+
+
+def make_methods(
+  config: Config, names: list[str], data: Data
+) -> dict[str, Method]:
+  """Binds algorithms to their documents.
+
+  Args:
+    config: The settings.
+    names: Of the algorithms.
+    data: The corpus.
+
+  Returns:
+    The methods by name.
+
+  Raises:
+    ValueError: If a setting does not go with the corpus.
+  """
+  made = {}
+  cut = functools.cache(lambda dense: _cut(config, data, dense))
+  for name in names:
+    if name in ONLINE:
+      made[name] = _make_online(config, name, data)
+    else:
+      made[name] = _make_on_ring(config, name, data, cut)
+  return made
+
+
+def _cut(config, data, dense):
+  """Documents over all devices: the cells, their layout and the mesh."""
+  devices = mesh_lib.make(ring=-1) if jax.device_count() > 1 else None
+  cells, layout = lda.cut(
+    lda.from_csr(data.training.counts),
+    num_shards=jax.device_count(),
+    num_blocks=config.blocks,
+    tile=config.tile,
+    dense_share=config.dense_share if dense else None,
+    seed=config.seed,
+  )
+  if devices is None:
+    cells = jax.device_put(cells)
+  else:
+    cells = mesh_lib.place(cells, devices, lda.cells.specs())
+  return cells, layout, devices
+
+
+def _make_on_ring(config, name, data, cut):
+  storage = 'topk' if name == 'esvi_topk' else config.storage
+  sums = name == 'vi' or (name == 'esvi' and storage == 'cell')
+  cells, layout, devices = cut(sums and config.dense_share > 0)
+  settings = dict(
+    alpha=config.alpha,
+    eta=config.eta,
+    axis_name=None if devices is None else mesh_lib.RING,
+  )
+  model = config.topics, data.size.num_words
+  if name == 'vi':
+    made = lda.vi.vi(
+      *model,
+      concentration=config.concentration,
+      document_steps=config.document_steps,
+      **settings,
+    )
+    shardings = lda.vi.shardings()
+  elif name == 'cvb0':
+    made = lda.cvb0.cvb0(*model, **settings)
+    shardings = lda.cvb0.shardings()
+  else:
+    made = lda.esvi.esvi(
+      *model,
+      concentration=config.concentration,
+      storage=storage,
+      top_c=(config.top_c or None) if storage == 'topk' else None,
+      pi_sync=config.pi_sync,
+      **settings,
+    )
+    shardings = lda.esvi.shardings(storage)
+  if devices is not None:
+    made = lda.on_ring(made, devices, shardings)
+
+  def step(key, state, batch):
+    return made.step(key, state, batch[1])
+
+  return Method(
+    init=lambda key: jax.jit(made.init)(key, cells),
+    step=step,
+    constants=cells,
+    batches=None,
+    word_sums=lambda state: layout.sort_words(_fetch(state.words)),
+    document_sums=lambda state: layout.sort_documents(_fetch(state.documents)),
+    steps_per_pass=1,
+    num_steps=config.passes,
+  )
+
+
+def _make_online(config, name, data):
+  num_documents, num_tokens = data.size.num_documents, data.size.num_tokens
+  if data.training is not None:
+    num_documents = data.training.num_documents
+    num_tokens = data.training.num_tokens
+  if config.batch_size > num_documents:
+    raise ValueError(
+      f'batch_size must be at most the {num_documents} documents, got '
+      f'{config.batch_size}.'
+    )
+  model = config.topics, data.size.num_words
+  priors = dict(alpha=config.alpha, eta=config.eta)
+  module = {'svi': lda.svi, 'scvb0': lda.scvb0}[name]
+  if name == 'svi':
+    made = module.svi(
+      *model,
+      num_documents=num_documents,
+      max_steps=config.max_steps,
+      step_size=lda.fading.power(delay=config.delay),
+      random_start=False,  # Half the time, and topics no worse.
+      **priors,
+    )
+  else:
+    made = module.scvb0(
+      *model, num_documents=num_documents, num_tokens=num_tokens, **priors
+    )
+
+  def batches():
+    if data.training is None:
+      stream = document_batches.stream(
+        config.corpus,
+        batch_size=config.batch_size,
+        max_words=data.size.max_words,
+        vocabulary=config.vocabulary or None,
+      )
+      return WithoutHeldOut(iter(stream), data.held_out, num_documents)
+    corpus = data.training
+    return iter(
+      document_batches.batches(
+        corpus,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        max_words=corpus.max_words,
+      )
+    )
+
+  steps_per_pass = num_documents // config.batch_size
+  return Method(
+    init=lambda key: jax.jit(made.init)(key),
+    step=made.step,
+    constants=None,
+    batches=batches,
+    word_sums=lambda state: np.asarray(module.word_sums(state)),
+    document_sums=None,
+    steps_per_pass=steps_per_pass,
+    num_steps=config.online_passes * steps_per_pass,
+  )
+
+
+def _fetch(x):
+  """An array on the host, from all processes."""
+  if not x.is_fully_addressable:
+    x = multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)
+
+
+class WithoutHeldOut:
+  """Batches of a stream, in which documents that are held out are empty.
+
+  Args:
+    batches: Of the whole file in its order, again and again.
+    held_out: (n,), the places in the file of the documents held out.
+    num_documents: Of the file.
+  """
+
+  def __init__(
+    self, batches: Iterator[Any], held_out: np.ndarray, num_documents: int
+  ):
+    self._batches = batches
+    self._held_out = held_out
+    self._num_documents = num_documents
+    self._first = 0  # Place of the next batch's first document.
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> lda.documents.Batch:
+    batch = next(self._batches)
+    rows = self._first + np.arange(len(batch.counts))
+    rows %= self._num_documents
+    self._first = int(rows[-1] + 1) % self._num_documents
+    kept = ~np.isin(rows, self._held_out)
+    return batch._replace(counts=batch.counts * kept[:, None])
+
+  def get_state(self) -> dict[str, Any]:
+    """The place in the file."""
+    return {'batches': self._batches.get_state(), 'first': self._first}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a place in the file."""
+    self._batches.set_state(state['batches'])
+    self._first = state['first']
+
+
+def make_evaluate(
+  config: Config, method: Method, data: Data
+) -> Callable[[Any], dict[str, float]]:
+  """Makes what a training measures at some of its steps.
+
+  Args:
+    config: The settings.
+    method: Its algorithm.
+    data: The corpus.
+
+  Returns:
+    Of a state the perplexity, and but for a stream the bound; or nothing,
+    where none is due.
+  """
+  first = max(1, method.steps_per_pass // 4)
+  due = np.geomspace(first, method.num_steps, config.evaluations - 1)
+  due = {0, *np.round(due).astype(int).tolist()}
+  priors = dict(alpha=config.alpha, eta=config.eta)
+  num_words = data.size.num_words
+  if data.training is not None:
+    documents = lda.from_csr(data.training.counts)
+    cells, layout = lda.cut(documents, tile=4096, seed=None)
+    bound = jax.jit(functools.partial(lda.elbo, num_words=num_words, **priors))
+
+  def evaluate(state):
+    if int(state.count) not in due:
+      return {}
+    words = method.word_sums(state)
+    found = {
+      'perplexity': lda.inference.perplexity(
+        words, data.observed, data.evaluated, **priors
+      )
+    }
+    if data.training is None:
+      return found
+    if method.document_sums is not None:
+      sums = method.document_sums(state)
+    else:
+      shares = lda.inference.transform(words, documents, **priors)
+      lengths = np.bincount(
+        documents.document_ids, documents.counts, len(shares)
+      )
+      lengths = lengths[:, None]
+      total = lengths + config.topics * config.alpha
+      sums = np.maximum(shares * total - config.alpha, 0)
+    ids = layout.document_ids[0]
+    with jax.enable_x64(True):
+      wide = lambda x: jnp.asarray(x, jnp.float64)
+      elbo = bound(
+        wide(sums[ids]),
+        wide(layout.place_words(words)),
+        cells._replace(counts=wide(cells.counts), dense=wide(cells.dense)),
+      )
+      return found | {'elbo': float(elbo)}
+
+  return evaluate
+
+
+def train(
+  config: Config, name: str, method: Method, data: Data, workdir: epath.PathLike
+) -> np.ndarray:
+  """Fits topics by one algorithm.
+
+  Args:
+    config: The settings.
+    name: Of the algorithm.
+    method: The same, bound to its documents.
+    data: The corpus.
+    workdir: Its folder.
+
+  Returns:
+    (V, K), lambda - eta.
+  """
+  init_key, key = jax.random.split(jax.random.key(config.seed))
+  state = runner.train(
+    method.init(init_key),
+    method.step,
+    None if method.batches is None else method.batches(),
+    constants=method.constants,
+    key=key,
+    num_steps=method.num_steps,
+    workdir=workdir,
+    name=name,
+    log_every=method.steps_per_pass,
+    checkpoint_every=10 * method.steps_per_pass,
+    keep=1,
+    evaluate=make_evaluate(config, method, data),
+    evaluate_every=1,
+  )
+  return method.word_sums(state)
+
+
+def describe(data: Data, word_sums: np.ndarray) -> list[lda_figure.Topic]:
+  """The words of topics, those of most tokens first."""
+  counts = (
+    data.observed
+    if data.training is None
+    else lda.from_csr(data.training.counts)
+  )
+  coherence = lda.topics.coherence(word_sums, counts)
+  names = lda.topics.top_words(word_sums, data.words)
+  tokens = word_sums.sum(0)
+  order = np.argsort(-tokens)
+  return [
+    lda_figure.Topic(tokens[k] / tokens.sum(), coherence[k], names[k])
+    for k in order
+  ]
+
+
+def run(config: Config, workdir: epath.Path) -> dict[str, float]:
+  """Fits by every algorithm, scores, and shows the topics."""
+  names = check(config)
+  data = read(config)
+  methods = make_methods(config, names, data)
+  summary = {
+    'documents': data.size.num_documents,
+    'words': data.size.num_words,
+    'tokens': data.size.num_tokens,
+  }
+  curves, topics = {}, {}
+  for name, method in methods.items():
+    folder = workdir / name
+    word_sums = train(config, name, method, data, folder)
+    topics[name] = describe(data, word_sums)
+    series = runner.read_metrics(folder)
+    seconds = runner.seconds_per_step(folder)
+    steps, perplexity = series['perplexity']
+    bounds = None
+    if data.training is not None:
+      bounds = series['elbo'][1]
+      summary[f'{name}.elbo'] = bounds[-1]
+      bounds = bounds / data.training.num_tokens
+    curves[name] = lda_figure.Curve(
+      steps / method.steps_per_pass, steps * seconds, bounds, perplexity
+    )
+    summary[f'{name}.perplexity'] = perplexity[-1]
+    summary[f'{name}.coherence'] = np.mean(
+      [topic.coherence for topic in topics[name]]
+    )
+    summary[f'{name}.seconds'] = method.num_steps * seconds
+  save_topics(topics, workdir / 'topics.txt')
+  best = min(names, key=lambda name: summary[f'{name}.perplexity'])
+  figure = lda_figure.draw(
+    curves, topics[best], title=f'The topics of {best}, by their tokens'
+  )
+  runner.save_figure(figure, workdir / 'figure.png')
+  return summary
+
+
+def save_topics(
+  topics: dict[str, list[lda_figure.Topic]], path: epath.Path
+) -> None:
+  """Writes the words of all topics: share of tokens, coherence, words."""
+  if jax.process_index() == 0:
+    lines = []
+    for name, found in topics.items():
+      lines.append(f'{name}: share of tokens, NPMI, words')
+      lines += [
+        f'{topic.share:6.1%} {topic.coherence:6.3f}  {" ".join(topic.words)}'
+        for topic in found
+      ]
+      lines.append('')
+    metrics.write_atomically(path, '\n'.join(lines).encode())
+
+
+if __name__ == '__main__':
+  runner.launch(Config(), run)
