@@ -14,7 +14,9 @@ from emc2.topics.lda import (
   expectations,
   fading,
   inference,
+  scvb0,
   svi,
+  topics,
   vi,
 )
 from emc2.topics.lda.bound import elbo
@@ -38,6 +40,8 @@ __all__ = [
   'from_csr',
   'inference',
   'on_ring',
+  'scvb0',
   'svi',
+  'topics',
   'vi',
 ]
