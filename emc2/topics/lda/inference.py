@@ -1,5 +1,6 @@
 """Topics of documents under topics that stay: unseen documents, E-steps."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,9 @@ MAX_GATHERED = 1 << 22
 
 A batch goes through them twice a step, so the cache should hold them.
 """
+
+GROUP = 8
+"""Documents that a CPU works on at once, until the last of them stays."""
 
 
 class Inferred(NamedTuple):
@@ -104,6 +108,45 @@ def infer_from_rows(
   if start is None:
     share = jnp.sum(counts, -1, keepdims=True) / num_topics
     start = jnp.broadcast_to(share, (counts.shape[0], num_topics))
+  start = jnp.asarray(start, rows.dtype)
+  ascend = functools.partial(
+    _ascend, alpha=alpha, max_steps=max_steps, tolerance=tolerance
+  )
+  if counts.shape[0] <= GROUP or counts.shape[0] % GROUP:
+    return ascend(counts, rows, start)
+  return jax.lax.platform_dependent(
+    counts,
+    rows,
+    start,
+    cpu=functools.partial(_in_groups, ascend),
+    default=ascend,
+  )
+
+
+def _in_groups(ascend, counts, rows, start):
+  """Few documents after few: each group stops by itself, at its own width."""
+  width = counts.shape[1]
+  widths = [width >> i for i in range(4) if not i or width >> i >= 16]
+  split = lambda x: x.reshape(-1, GROUP, *x.shape[1:])
+
+  def narrow(width):
+    return lambda counts, rows, start: ascend(
+      counts[:, :width], rows[:, :width], start
+    )
+
+  def visit(group):
+    places = jnp.arange(1, width + 1, dtype=jnp.int32)
+    filled = jnp.max(jnp.where(jnp.any(group[0] > 0, 0), places, 0))
+    fits = filled <= jnp.asarray(widths[1:], jnp.int32)
+    place = jnp.sum(fits, dtype=jnp.int32)
+    return jax.lax.switch(place, [narrow(w) for w in widths], *group)
+
+  found = jax.lax.map(visit, jax.tree.map(split, (counts, rows, start)))
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+
+def _ascend(counts, rows, start, *, alpha, max_steps, tolerance):
+  """Coordinate ascent of all documents at once."""
   tolerance = jnp.asarray(tolerance, rows.dtype)
 
   def is_open(carry):
@@ -122,7 +165,7 @@ def infer_from_rows(
     return number + 1, sums, weights, moving & (change >= tolerance), steps
 
   start, moving, steps, *_ = mesh_lib.vary_alike(
-    jnp.asarray(start, rows.dtype),
+    start,
     jnp.ones(counts.shape[:1], bool),
     jnp.zeros(counts.shape[:1], jnp.int32),
     counts,
