@@ -138,15 +138,20 @@ class InferTest(parameterized.TestCase):
       )
       np.testing.assert_array_equal(alone.documents[1], 0)
 
-  def test_splits_over_a_mesh(self):
+  @parameterized.parameters(2, 8)
+  def test_splits_over_a_mesh(self, num_devices):
+    """Two devices have a group each or more, eight have less."""
     batch = documents_lib.pad(
-      make_documents(make_counts()), np.arange(16), width=32
+      make_documents(make_counts(40)), np.arange(32), width=32
     )
     weights = jnp.float32(np.exp(log_word_weights(make_word_sums())))
     infer = lambda batch: inference.infer(batch, weights, alpha=ALPHA)
     spec = jax.sharding.PartitionSpec(mesh_lib.DATA)
     split = jax.shard_map(
-      infer, mesh=mesh_lib.make(data=8), in_specs=spec, out_specs=spec
+      infer,
+      mesh=mesh_lib.make(jax.devices()[:num_devices], data=num_devices),
+      in_specs=spec,
+      out_specs=spec,
     )
     want, found = infer(batch), jax.jit(split)(batch)
     np.testing.assert_array_equal(found.steps, want.steps)
