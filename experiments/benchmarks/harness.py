@@ -130,7 +130,8 @@ class Side:
     arguments: For that case; JSON values.
     peer: Whether the peers' Python runs it.
     accelerated: Whether it runs on the accelerator and is not pinned; else it
-      runs on one core of the CPU.
+      runs on the CPU.
+    pinned: Whether it has one core of the CPU, or all.
   """
 
   module: str
@@ -138,6 +139,7 @@ class Side:
   arguments: dict[str, Any]
   peer: bool = False
   accelerated: bool = False
+  pinned: bool = True
 
 
 class Missing(Exception):
@@ -248,21 +250,27 @@ class Context:
     python = self._peers_python if side.peer else sys.executable
     if python is None:
       raise Missing('no --peers-python')
-    key = (python, side.module, side.accelerated)
+    pinned = side.pinned and not side.accelerated
+    key = (python, side.module, side.accelerated, pinned)
     if key not in self._processes:
-      core = None if side.accelerated else self._core
-      self._processes[key] = Process(python, side.module, core, key[2])
+      core = self._core if pinned else None
+      process = Process(python, side.module, core, side.accelerated)
+      self._processes[key] = process
     return self._processes[key]
 
   def value(self, side: Side) -> Any:
-    """What a case of `VALUES` gives."""
+    """What a case of `VALUES` gives.
+
+    Raises:
+      Missing: If a package is not installed there.
+    """
     request = {'case': side.case, 'arguments': side.arguments}
     return self.process(side).ask(do='value', **request)['value']
 
   def versions(self) -> dict[str, dict[str, str | None]]:
     """The versions that each module asked for, by its name."""
     found = {}
-    for (_, module, _), process in self._processes.items():
+    for (_, module, *_), process in self._processes.items():
       found[pathlib.Path(module).stem] = process.ask(do='versions')
     return found
 

@@ -15,7 +15,8 @@ One JSON object a line goes in and one comes out:
 - `{"do": "time", "case": NAME, "arguments": {...}, "calls": n}` gives the same,
   the mean over some calls;
 - `{"do": "drop"}` forgets what was prepared;
-- `{"do": "value", "case": NAME, "arguments": {...}}` gives `{"value": x}`;
+- `{"do": "value", "case": NAME, "arguments": {...}}` gives `{"value": x}`,
+  or `missing` as above;
 - `{"do": "versions"}` gives the versions of the module's `PACKAGES`.
 
 An error gives `{"error": traceback}`.
@@ -97,7 +98,10 @@ class Server:
       return versions(self._load().PACKAGES)
     if do == 'value':
       value = self._load().VALUES[request['case']]
-      return {'value': value(**request['arguments'])}
+      try:
+        return {'value': value(**request['arguments'])}
+      except ImportError as error:
+        return {'missing': str(error)}
     key = json.dumps([request['case'], request['arguments']], sort_keys=True)
     if do == 'time':
       return measure(self._calls[key], request['calls'])
