@@ -20,31 +20,38 @@ COLLECTIVE = re.compile(
 )
 
 
-def _over_devices(num_devices, num_blocks):
+@functools.cache
+def _over_devices(num_devices, num_rows, num_blocks):
+  """Jitted, from a key and all rows to all rows."""
+
+  def move(key, rows):
+    order = ring.draw_order(key, num_rows, num_blocks)
+    return ring.redistribute(
+      rows, order, num_blocks=num_blocks, axis_name=mesh_lib.RING
+    )
+
   spec = jax.sharding.PartitionSpec
-  return jax.shard_map(
-    functools.partial(
-      ring.redistribute,
-      num_blocks=num_blocks,
-      axis_name=mesh_lib.RING,
-    ),
-    mesh=mesh_lib.make(jax.devices()[:num_devices], ring=num_devices),
-    in_specs=(spec(), spec(mesh_lib.RING)),
-    out_specs=spec(mesh_lib.RING),
+  return jax.jit(
+    jax.shard_map(
+      move,
+      mesh=mesh_lib.make(jax.devices()[:num_devices], ring=num_devices),
+      in_specs=(spec(), spec(mesh_lib.RING)),
+      out_specs=spec(mesh_lib.RING),
+    )
   )
 
 
 class OrderTest(parameterized.TestCase):
-  @parameterized.parameters(
-    (6, 2), (8, 4), (20, 4), (12, 1), (24, 8), (40, 8), (7, 7), (64, 4)
-  )
+  @parameterized.parameters((6, 2), (20, 4), (12, 1), (40, 8), (7, 7))
   def test_is_a_permutation_between_blocks(self, num_rows, num_blocks):
     height = num_rows // num_blocks
-    orders = jax.vmap(lambda key: ring.draw_order(key, num_rows, num_blocks))(
-      jax.random.split(jax.random.key(0), 20)
-    )
+    draw = lambda key: ring.draw_order(key, num_rows, num_blocks)
+    keys = jax.random.split(jax.random.key(0), 20)
+    orders = jax.jit(jax.vmap(draw))(keys)
     self.assertEqual(orders.dtype, jnp.int32)
     for order in np.asarray(orders):
+      by_target = order.reshape(num_blocks, height) // height
+      self.assertGreaterEqual(np.diff(by_target, axis=1).min(initial=0), 0)
       np.testing.assert_array_equal(np.sort(order), np.arange(num_rows))
       messages = np.zeros((num_blocks, num_blocks), int)
       np.add.at(messages, (order // height, np.arange(num_rows) // height), 1)
@@ -54,7 +61,7 @@ class OrderTest(parameterized.TestCase):
         np.testing.assert_array_equal(np.roll(messages[0], i), messages[i])
     self.assertGreater(len(np.unique(np.asarray(orders), axis=0)), 4)
 
-  @parameterized.parameters((8, 2), (8, 4), (12, 4), (12, 3))
+  @parameterized.parameters((8, 4), (12, 3))
   def test_pairs_meet_equally_often(self, num_rows, num_blocks):
     height, num_moves = num_rows // num_blocks, 6_000
 
@@ -80,24 +87,23 @@ class OrderTest(parameterized.TestCase):
 
 
 class RedistributeTest(parameterized.TestCase):
-  @parameterized.parameters(
-    (16, 4, 4), (20, 4, 4), (16, 8, 8), (40, 8, 8), (24, 8, 4), (24, 12, 2)
-  )
+  @parameterized.parameters((16, 8, 8), (24, 12, 2))
   def test_devices_equal_one(self, num_rows, num_blocks, num_devices):
-    rows = jax.random.normal(jax.random.key(0), (num_rows, 3))
+    rows = jax.random.normal(jax.random.key(0), (num_rows, 5))
+    move = _over_devices(num_devices, num_rows, num_blocks)
+    draw = jax.jit(ring.draw_order, static_argnums=(1, 2))
     for number in range(4):
       key = jax.random.key(number)
-      moved = jax.jit(_over_devices(num_devices, num_blocks))(key, rows)
-      alone = ring.redistribute(key, rows, num_blocks=num_blocks)
-      order = ring.draw_order(key, num_rows, num_blocks)
-      np.testing.assert_array_equal(moved, alone)
+      order = draw(key, num_rows, num_blocks)
+      alone = ring.redistribute(rows, order, num_blocks=num_blocks)
       np.testing.assert_array_equal(alone, np.asarray(rows)[order])
+      np.testing.assert_array_equal(move(key, rows), alone)
 
-  @parameterized.parameters((64, 8, 8), (16, 8, 8), (48, 8, 4))
+  @parameterized.parameters((16, 8, 8), (48, 8, 4))
   def test_one_all_to_all_and_no_more(self, num_rows, num_blocks, num_devices):
-    move = _over_devices(num_devices, num_blocks)
+    move = _over_devices(num_devices, num_rows, num_blocks)
     rows = jax.ShapeDtypeStruct((num_rows, 5), jnp.float32)
-    lowered = jax.jit(move).lower(jax.random.key(0), rows)
+    lowered = move.lower(jax.random.key(0), rows)
     self.assertEqual(lowered.as_text().count('stablehlo.all_to_all'), 1)
     found = COLLECTIVE.findall(lowered.compile().as_text())
     self.assertEqual(found, ['all-to-all'])
@@ -115,17 +121,21 @@ class RedistributeTest(parameterized.TestCase):
       )
     one, two = (np.load(folder / f'{number}.npy') for number in (1, 2))
     np.testing.assert_array_equal(one, two)
-    self.assertFalse(np.array_equal(one, np.arange(40).reshape(20, 2)))
+    order = ring.draw_order(jax.random.key(3), 20, 4)
+    np.testing.assert_array_equal(one, np.arange(40).reshape(20, 2)[order])
+    self.assertFalse(np.array_equal(order, np.arange(20)))
 
   @parameterized.parameters(
-    ((6, 2), 0, 'at least 1'), ((6, 2), 4, 'divide'), ((6,), 2, 'shape')
+    ((6, 2), 6, 0, 'num_blocks must be at least 1'),
+    ((6, 2), 6, 4, 'num_blocks must divide'),
+    ((6,), 6, 2, 'rows must have shape'),
+    ((6, 2), 4, 2, r'order must have shape \(6,\)'),
   )
-  def test_refuses(self, shape, num_blocks, match):
+  def test_refuses(self, shape, length, num_blocks, match):
+    order = jnp.arange(length, dtype=jnp.int32)
     with self.assertRaisesRegex(ValueError, match):
-      ring.redistribute(
-        jax.random.key(0), jnp.zeros(shape), num_blocks=num_blocks
-      )
+      ring.redistribute(jnp.zeros(shape), order, num_blocks=num_blocks)
 
   def test_refuses_blocks_that_no_device_has(self):
     with self.assertRaisesRegex(ValueError, 'num_blocks must be a multiple'):
-      _over_devices(4, 2)(jax.random.key(0), jnp.zeros((8, 1)))
+      _over_devices(4, 8, 2)(jax.random.key(0), jnp.zeros((8, 1)))

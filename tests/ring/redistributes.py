@@ -19,7 +19,8 @@ def main(coordinator, num_processes, process_id, path):
   spec = jax.sharding.PartitionSpec
 
   def move(key, rows):
-    return ring.redistribute(key, rows, num_blocks=4, axis_name=mesh_lib.RING)
+    order = ring.draw_order(key, 20, 4)
+    return ring.redistribute(rows, order, num_blocks=4, axis_name=mesh_lib.RING)
 
   move = jax.shard_map(
     move,

@@ -150,10 +150,11 @@ def step(
   )
   ids = state.ids
   if num_blocks > 1 and settings.mixing == 'permute':
+    order = ring.draw_order(order_key, ids.size, num_blocks)
     message = ring.redistribute(
-      order_key, message, num_blocks=num_blocks, axis_name=axis_name
+      message, order, num_blocks=num_blocks, axis_name=axis_name
     )
-    ids = ids[ring.draw_order(order_key, ids.size, num_blocks)]
+    ids = ids[order]
   elif num_blocks > 1:
     message = _roll(by_place(message), axis_name).reshape(message.shape)
     ids = jnp.roll(ids, -(ids.size // num_blocks))

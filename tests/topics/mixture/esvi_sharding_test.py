@@ -1,5 +1,6 @@
 """ESVI over a mesh: the same numbers, few messages, small shards."""
 
+import functools
 import pathlib
 import re
 
@@ -12,7 +13,7 @@ from emc2 import mesh as mesh_lib
 from emc2.topics import mixture
 
 from tests import processes
-from tests.topics.mixture import oracle, vi_test
+from tests.topics.mixture import fitting, oracle
 
 KINDS = (
   'all_gather',
@@ -23,54 +24,60 @@ KINDS = (
 )
 
 
-def _fit(mesh, num_rotations=9, num_blocks=8, given=True, **settings):
-  x = oracle.points(0, 90, 2)[0]
-  z = oracle.starts(1, 90, 16) if given else None
-  model = vi_test.make_model(16)
-  method = mixture.esvi.esvi(
-    model, num_blocks=num_blocks, mesh=mesh, refresh_every=4, **settings
-  )
-  rows = mixture.esvi.split_rows(jnp.asarray(x), num_blocks)
-  if mesh is not None:
-    rows = mesh_lib.place(rows, mesh, mixture.esvi.row_shardings(mesh))
-  state = jax.jit(method.init)(jax.random.key(0), rows, z)
-  step = jax.jit(method.step)
-  for number in range(num_rotations):
-    state, info = step(jax.random.key(number), state, rows)
-  return state, info, step.lower(jax.random.key(0), state, rows)
+@functools.cache
+def _rows():
+  return oracle.points(0, 90, 2)[0]
+
+
+@functools.cache
+def _fit(num_devices, **settings):
+  """A state after 9 rotations of 8 blocks, Info, and the lowered step."""
+  mesh, init = None, fitting.method('esvi', 16, num_blocks=8).init
+  settings = dict(num_blocks=8, refresh_every=4) | settings
+  with jax.enable_x64(True):
+    rows = mixture.esvi.split_rows(jnp.asarray(_rows()), 8)
+    if num_devices > 1:
+      mesh = mesh_lib.make(jax.devices()[:num_devices], ring=num_devices)
+      rows = mesh_lib.place(rows, mesh, mixture.esvi.row_shardings(mesh))
+      settings['mesh'] = mesh
+    method = fitting.method('esvi', 16, **settings)
+    if num_devices == 8:
+      init = method.init
+    state = init(jax.random.key(0), rows)
+    if num_devices > 1:
+      specs = mixture.esvi.shardings(mesh)
+      state = mesh_lib.place(state, mesh, specs)
+    for number in range(9):
+      state, info = method.step(jax.random.key(number), state, rows)
+    return state, info, method.step.lower(jax.random.key(0), state, rows)
 
 
 class ShardedTest(parameterized.TestCase):
   @parameterized.parameters(
     dict(num_devices=8),
-    dict(num_devices=8, given=False, active_prob=0.5),
-    dict(num_devices=4, mixing='ring'),
+    dict(num_devices=4, mixing='ring', active_prob=0.5),
     dict(num_devices=2, inner_batch=3),
   )
   def test_devices_equal_one(self, num_devices, **settings):
-    mesh = mesh_lib.make(jax.devices()[:num_devices], ring=num_devices)
-    with jax.enable_x64(True):
-      one, many = _fit(None, **settings), _fit(mesh, **settings)
-      for a, b in zip(
-        jax.tree.leaves(one[:2]), jax.tree.leaves(many[:2]), strict=True
-      ):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+    one, many = _fit(1, **settings)[:2], _fit(num_devices, **settings)[:2]
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
   def test_shards_are_small_and_messages_few(self):
+    state, _, lowered = _fit(8)
     mesh = mesh_lib.make(ring=8)
-    state, _, lowered = _fit(mesh, num_rotations=1)
     specs = mixture.esvi.shardings(mesh)
     for leaf, spec in zip(
       jax.tree.leaves(state), jax.tree.leaves(specs), strict=True
     ):
       want = jax.sharding.NamedSharding(mesh, spec)
       self.assertTrue(leaf.sharding.is_equivalent_to(want, leaf.ndim))
-    # 4 K (1 + F) / W bytes of statistics on a device, F = 2 D.
+    # K (1 + F) / W numbers of statistics on a device, F = 2 D.
     for shard in range(8):
       of = lambda x, shard=shard: x.addressable_shards[shard].data.nbytes
       size = sum(of(x) for x in state.statistics)
-      self.assertEqual(size, 4 * 16 * (1 + 2 * 2) // 8)
-      self.assertEqual(of(state.responsibilities), 4 * 12 * 16)
+      self.assertEqual(size, 8 * 16 * (1 + 2 * 2) // 8)
+      self.assertEqual(of(state.responsibilities), 8 * 12 * 16)
       self.assertEqual(of(state.ids), 4 * 16)
     text = lowered.as_text()
     counts = {kind: text.count(f'"stablehlo.{kind}"') for kind in KINDS}
@@ -79,9 +86,10 @@ class ShardedTest(parameterized.TestCase):
     self.assertEqual(counts['all_to_all'], 1)
     self.assertEqual(counts['collective_permute'], 2)
     self.assertEqual(sum(counts.values()), 3)
+    with jax.enable_x64(True):
+      text = lowered.compile().as_text()
     found = re.findall(
-      r' (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(',
-      lowered.compile().as_text(),
+      r' (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(', text
     )
     self.assertEqual(found, ['all-to-all'])
 
@@ -99,7 +107,6 @@ class ShardedTest(parameterized.TestCase):
       np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-6)
 
   def test_refuses_places_that_no_device_has(self):
-    with self.assertRaisesRegex(ValueError, '^num_blocks must be a multiple'):
-      _fit(mesh_lib.make(ring=8), num_blocks=4)
-    with self.assertRaisesRegex(ValueError, '^num_blocks must be a multiple'):
-      _fit(mesh_lib.make(data=8))
+    for mesh in (mesh_lib.make(ring=8), mesh_lib.make(data=8)):
+      with self.assertRaisesRegex(ValueError, '^num_blocks must be a multiple'):
+        mixture.esvi.esvi(fitting.make_model(16), num_blocks=4, mesh=mesh)

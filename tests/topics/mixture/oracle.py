@@ -39,11 +39,12 @@ def diagonal(x, z):
   return a, np.array(b), np.array(m), beta
 
 
-def diagonal_scores(x, z):
+def diagonal_scores(x, z, rows=slice(None)):
+  """Of some of the rows, with the posteriors that all of them give."""
   a, b, m, beta = diagonal(x, z)
-  u, weights = np.zeros(z.shape), log_weights(z)
+  u, weights = np.zeros(z[rows].shape), log_weights(z)
   dim = x.shape[1]
-  for i, row in enumerate(x):
+  for i, row in enumerate(x[rows]):
     for k in range(z.shape[1]):
       log_tau = special.digamma(a[k]) - np.log(b[k])
       u[i, k] = weights[k] + log_tau.sum() / 2 - dim / 2 * np.log(2 * np.pi)
