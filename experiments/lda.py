@@ -342,9 +342,7 @@ def _make_online(config, name, data):
       **priors,
     )
   else:
-    made = module.scvb0(
-      *model, num_documents=num_documents, num_tokens=num_tokens, **priors
-    )
+    made = module.scvb0(*model, num_tokens=num_tokens, **priors)
 
   def batches():
     if data.training is None:
@@ -441,11 +439,9 @@ def make_evaluate(
   due = np.geomspace(first, method.num_steps, config.evaluations - 1)
   due = {0, *np.round(due).astype(int).tolist()}
   priors = dict(alpha=config.alpha, eta=config.eta)
-  num_words = data.size.num_words
   if data.training is not None:
     documents = lda.from_csr(data.training.counts)
     cells, layout = lda.cut(documents, tile=4096, seed=None)
-    bound = jax.jit(functools.partial(lda.elbo, num_words=num_words, **priors))
 
   def evaluate(state):
     if int(state.count) not in due:
@@ -471,14 +467,19 @@ def make_evaluate(
     ids = layout.document_ids[0]
     with jax.enable_x64(True):
       wide = lambda x: jnp.asarray(x, jnp.float64)
-      elbo = bound(
+      elbo = _bound(
         wide(sums[ids]),
         wide(layout.place_words(words)),
         cells._replace(counts=wide(cells.counts), dense=wide(cells.dense)),
+        num_words=data.size.num_words,
+        **priors,
       )
       return found | {'elbo': float(elbo)}
 
   return evaluate
+
+
+_bound = jax.jit(lda.elbo, static_argnames='num_words')
 
 
 def train(
@@ -522,13 +523,12 @@ def describe(data: Data, word_sums: np.ndarray) -> list[lda_figure.Topic]:
     if data.training is None
     else lda.from_csr(data.training.counts)
   )
-  coherence = lda.topics.coherence(word_sums, counts)
-  names = lda.topics.top_words(word_sums, data.words)
-  tokens = word_sums.sum(0)
-  order = np.argsort(-tokens)
+  ids = lda.topics.top_words(word_sums, min(10, data.size.num_words))
+  coherence = lda.topics.coherence(ids, counts)
+  shares = word_sums.sum(0) / word_sums.sum()
   return [
-    lda_figure.Topic(tokens[k] / tokens.sum(), coherence[k], names[k])
-    for k in order
+    lda_figure.Topic(shares[k], coherence[k], [data.words[i] for i in ids[k]])
+    for k in np.argsort(-shares)
   ]
 
 

@@ -88,6 +88,7 @@ def draw_curves(
     )
     later.append(y[1:])
   axis.set_xscale('log')
+  axis.xaxis.set_major_formatter('{x:g}')
   if quantity == 'perplexity':
     axis.set_yscale('log')
     axis.yaxis.set_major_formatter('{x:.0f}')
@@ -112,7 +113,7 @@ def draw_topics(axis: Any, topics: Sequence[Topic]) -> None:
     axis.text(
       0.09,
       row,
-      ', '.join(topic.words),
+      ', '.join(topic.words[:8]),
       va='center',
       fontsize=8.5,
       clip_on=True,
