@@ -87,7 +87,7 @@ class Data(NamedTuple):
 class Method(NamedTuple):
   """An algorithm as :func:`runner.train` runs it."""
 
-  init: Callable[[jax.Array, jax.Array], Any]  # (key, z0) to a state.
+  init: Callable[[jax.Array, Any, jax.Array], Any]  # (key, constants, z0).
   step: Callable[[jax.Array, Any, Any], tuple[Any, dict[str, jax.Array]]]
   constants: Any  # What each step reads.
   statistics: Callable[[Any], mixture.Statistics]  # Of a state, by components.
@@ -258,7 +258,7 @@ def make_method(
 
     init, steps_per_pass = svi.init, max(1, num_rows // config.batch_size)
   return Method(
-    init=lambda key, z0: init(key, rows, z0),
+    init=init,
     step=step,
     constants=rows,
     statistics=lambda state: state.statistics,
@@ -286,12 +286,6 @@ def _make_esvi(config, model, data):
   if devices is not None:
     rows = mesh_lib.place(rows, devices, mixture.esvi.row_shardings(devices))
 
-  def init(key, z0):
-    state = esvi.init(key, rows, z0)
-    if devices is not None:
-      state = mesh_lib.place(state, devices, mixture.esvi.shardings(devices))
-    return state
-
   def step(key, state, batch):
     state, info = esvi.step(key, state, batch[1])
     # The bound but for the entropy of z, which would cost a pass.
@@ -299,7 +293,9 @@ def _make_esvi(config, model, data):
     moved = jnp.sum(info.moved) / num_rows
     return state, {'loss': -evidence / num_rows, 'moved': moved}
 
-  return Method(init, step, rows, mixture.esvi.statistics, config.blocks)
+  return Method(
+    esvi.init, step, rows, mixture.esvi.statistics, config.blocks
+  )
 
 
 def train(
@@ -323,9 +319,8 @@ def train(
   """
   method = make_method(config, name, model, data)
   z_key, state_key, key = jax.random.split(jax.random.key(config.seed), 3)
-  z0 = model_lib.draw_responsibilities(
-    z_key, len(data.rows), model.num_components
-  )
+  draw = jax.jit(model_lib.draw_responsibilities, static_argnums=(1, 2))
+  z0 = draw(z_key, len(data.rows), model.num_components)
   bound = jax.jit(lambda *given: mixture.elbo(model, *given))
   with jax.enable_x64(True):
     rows = jnp.asarray(data.rows, jnp.float64)
@@ -339,7 +334,7 @@ def train(
       return {'elbo': bound(widen(state), rows)}
 
   state = runner.train(
-    method.init(state_key, z0),
+    jax.jit(method.init)(state_key, method.constants, z0),
     method.step,
     constants=method.constants,
     key=key,

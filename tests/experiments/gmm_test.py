@@ -1,6 +1,6 @@
 """The Gaussian mixture experiment: every algorithm, setting and file."""
 
-import functools
+import dataclasses
 import json
 import pathlib
 from unittest import mock
@@ -22,29 +22,6 @@ def _rows(num_rows=200, dim=2):
   rows = np.zeros((num_rows, dim))
   rows[:, :2] = centers[rng.integers(4, size=num_rows)][:, :dim]
   return rows + rng.normal(size=(num_rows, dim)) + 100
-
-
-@functools.lru_cache
-def _loss_of_plain_esvi():
-  return _loss_of_esvi(gmm.Config(**(SMALL | dict(num_passes=1))))
-
-
-def _loss_of_esvi(config):
-  """After its passes over a few rows."""
-  data = gmm.Data(_rows(40).astype(np.float32), None, config.components)
-  model = gmm.make_model(config, data)
-  method = gmm.make_method(config, 'esvi', model, data)
-
-  @jax.jit
-  def fit(key):
-    def body(state, number):
-      key = jax.random.fold_in(jax.random.key(0), number)
-      return method.step(key, state, (number, method.constants))
-
-    numbers = jnp.arange(config.num_passes * method.steps_per_pass)
-    return jax.lax.scan(body, method.init(key, None), numbers)[1]['loss'][-1]
-
-  return float(fit(jax.random.key(config.seed)))
 
 
 class GmmTest(parameterized.TestCase):
@@ -95,42 +72,72 @@ class GmmTest(parameterized.TestCase):
     self.assertGreater(results['svi.elbo'], results['svi_paper.elbo'])
     self.assertGreater((self.folder / 'run/figure.png').stat().st_size, 30_000)
 
-  def test_files(self):
-    npy, csv = (
-      self._run(name, data=self._file(_rows(), f'rows.{name}'), algorithm='vi')
-      for name in ('npy', 'csv')
-    )
-    self.assertEqual(set(npy), {'vi.elbo', 'vi.seconds', 'vi.components'})
-    self.assertAlmostEqual(npy['vi.elbo'], csv['vi.elbo'], delta=1e-3)
-
-  def test_full_covariance(self):
+  def test_files_and_covariances(self):
     rows = np.random.default_rng(0).normal(size=(200, 2))
-    path = self._file(rows @ np.array([[1.0, 0.95], [0.0, 0.1]]))
-    full, diagonal = (
-      self._run(name, data=path, algorithm='vi', covariance=name, components=2)
-      for name in ('full', 'diagonal')
-    )
-    self.assertGreater(full['vi.elbo'], diagonal['vi.elbo'] + 100)
+    rows = rows @ np.array([[1.0, 0.95], [0.0, 0.1]])
+    found = []
+    for name, covariance in (('npy', 'full'), ('csv', 'diagonal')):
+      path = self._file(rows, f'rows.{name}')
+      read = gmm.read(gmm.Config(data=path)).rows
+      np.testing.assert_allclose(read, rows, rtol=1e-6)
+      given = dict(data=path, covariance=covariance, components=2)
+      found.append(self._run(name, algorithm='vi', **given))
+    self.assertEqual(set(found[0]), {'vi.elbo', 'vi.seconds', 'vi.components'})
+    self.assertGreater(found[0]['vi.elbo'], found[1]['vi.elbo'] + 100)
 
   @parameterized.parameters(
     dict(concentration=0.5),
     dict(mean_strength=0.1),
     dict(degrees=9.0),
     dict(scale=2.0),
-    dict(seed=1),
-    dict(num_passes=2),
     dict(components=6),
-    dict(blocks=1),
-    dict(mixing='ring'),
-    dict(inner_batch=10),
-    dict(active_prob=0.5),
   )
-  def test_settings_count(self, **given):
-    """Each changes what one pass of ESVI comes to."""
-    small = SMALL | dict(num_passes=1)
-    plain = _loss_of_plain_esvi()
-    changed = _loss_of_esvi(gmm.Config(**(small | given)))
-    self.assertGreater(abs(plain - changed), 1e-6)
+  def test_settings_of_the_model_count(self, **given):
+    statistics = mixture.Statistics(np.ones(6), np.full((6, 4), 2.0))
+    bounds = []
+    for settings in ({}, given):
+      config = gmm.Config(**(SMALL | settings))
+      data = gmm.read(dataclasses.replace(config, data=self._file(_rows())))
+      model = gmm.make_model(config, data)
+      count = data.num_components
+      part = jax.tree.map(lambda x, n=count: jnp.float32(x[:n]), statistics)
+      bounds.append(float(mixture.model.evidence_terms(model, part)))
+    self.assertGreater(abs(bounds[0] - bounds[1]), 1e-3)
+
+  @parameterized.parameters(
+    ('blocks', 2, 'num_blocks'),
+    ('mixing', 'ring', 'mixing'),
+    ('inner_batch', 10, 'inner_batch'),
+    ('active_prob', 0.5, 'active_prob'),
+  )
+  def test_settings_of_esvi_count(self, name, value, argument):
+    config = gmm.Config(**(SMALL | {'components': 8, 'blocks': 4, name: value}))
+    data = gmm.Data(_rows(40).astype(np.float32), None, 8)
+    model = gmm.make_model(config, data)
+    with mock.patch.object(mixture.esvi, 'esvi') as esvi:
+      method = gmm.make_method(config, 'esvi', model, data)
+    self.assertEqual(esvi.call_args.kwargs[argument], value)
+    self.assertEqual(method.steps_per_pass, config.blocks)
+    self.assertLen(method.constants.data, config.blocks)
+
+  def test_seed_counts(self):
+    """In what is generated, in the start and in the steps."""
+    read = lambda seed: gmm.read(gmm.Config(seed=seed)).rows
+    self.assertGreater(np.abs(read(0) - read(1)).max(), 0.1)
+    np.testing.assert_array_equal(read(1), read(1))
+    data = gmm.Data(_rows().astype(np.float32), None, 4)
+    given = []
+    for seed in (0, 1):
+      config = gmm.Config(**(SMALL | {'seed': seed}))
+      model = gmm.make_model(config, data)
+      with mock.patch.object(runner, 'train') as train:
+        train.side_effect = lambda state, *_, **settings: (
+          given.append((state.statistics.count, settings['key'])) or state
+        )
+        gmm.train(config, 'vi', model, data, self.folder)
+    (count, key), (other_count, other_key) = given
+    self.assertGreater(np.abs(count - other_count).max(), 0.1)
+    self.assertNotEqual(key, other_key)
 
   def test_batch_size_counts(self):
     data = gmm.Data(_rows().astype(np.float32), None, 4)

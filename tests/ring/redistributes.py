@@ -13,8 +13,7 @@ from emc2 import ring
 def main(coordinator, num_processes, process_id, path):
   num_processes = int(num_processes)
   mesh_lib.use_cpu_devices(4 // num_processes)
-  if num_processes > 1:
-    mesh_lib.start(coordinator, num_processes, int(process_id))
+  mesh_lib.start(coordinator, num_processes, int(process_id))
   mesh = mesh_lib.make(ring=4)
   spec = jax.sharding.PartitionSpec
 

@@ -52,13 +52,13 @@ class EsviTest(parameterized.TestCase):
   def test_monotone_and_invariant(self, **settings):
     self._check_run(**settings)
 
-  @pytest.mark.slow
   @parameterized.parameters(
     dict(num_blocks=1),
     dict(inner_batch=6),
     dict(mixing='ring', inner_batch=24),
     dict(active_prob=0.5),
   )
+  @pytest.mark.slow
   def test_monotone_and_invariant_too(self, **settings):
     self._check_run(**settings)
 

@@ -12,12 +12,8 @@ from emc2.topics import mixture
 from tests.topics.mixture import oracle
 
 
-def main(coordinator, num_processes, process_id, path):
-  num_processes = int(num_processes)
-  mesh_lib.use_cpu_devices(4 // num_processes)
-  if num_processes > 1:
-    mesh_lib.start(coordinator, num_processes, int(process_id))
-  mesh = mesh_lib.make(ring=4)
+def fit(mesh):
+  """The state after some rotations, whole on every process."""
   family = mixture.gaussian_diagonal(2, degrees=4.0, scale=1.0)
   method = mixture.esvi.esvi(
     mixture.make(family, 8), num_blocks=4, refresh_every=5, mesh=mesh
@@ -36,13 +32,18 @@ def main(coordinator, num_processes, process_id, path):
   state = jax.jit(
     lambda state: jax.tree.map(jnp.copy, state), out_shardings=everywhere
   )(state)
+  return dict(
+    ids=state.ids, z=state.responsibilities, **state.statistics._asdict()
+  )
+
+
+def main(coordinator, num_processes, process_id, path):
+  num_processes = int(num_processes)
+  mesh_lib.use_cpu_devices(4 // num_processes)
+  mesh_lib.start(coordinator, num_processes, int(process_id))
+  found = fit(mesh_lib.make(ring=4))
   if jax.process_index() == 0:
-    np.savez(
-      path,
-      ids=state.ids,
-      z=state.responsibilities,
-      **state.statistics._asdict(),
-    )
+    np.savez(path, **found)
 
 
 if __name__ == '__main__':
