@@ -7,8 +7,8 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 PEERS := $(CURDIR)/.venv-peers/bin/python
 
-.PHONY: help run test test-all lint format notebooks bench bench-peers lock \
-	clean
+.PHONY: help run test test-all lint format notebooks bench bench-peers scale \
+	lock clean
 
 help:  ## Says what there is to make.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' \
@@ -45,6 +45,10 @@ bench-peers:  ## Installs what the bench compares with, apart, on a CPU.
 	  pytorch-metric-learning==2.9.0 scikit-learn gensim==4.4.0 \
 	  tomotopy==0.14.0
 	.venv-peers/bin/python -m pip install --quiet --no-deps libauc==2.0.1
+
+scale: $(STAMP)  ## Compiles for TPUs that are not here: `make scale ARGS=esvi`.
+	$(BIN)/python -m pip install --quiet libtpu==0.0.52
+	JAX_PLATFORMS=cpu $(BIN)/python -m emc2.experiments.scale $(ARGS)
 
 lock: $(STAMP)  ## Pins the newest versions that setup.cfg allows.
 	$(BIN)/python -m pip install --quiet uv

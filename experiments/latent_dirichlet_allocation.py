@@ -13,7 +13,6 @@ in a pipeline too.
 """
 
 import functools
-import math
 import numbers
 from typing import Any
 
@@ -85,19 +84,19 @@ class LatentDirichletAllocation(
 
   def __init__(
     self,
-    n_components: int = 10,
+    n_components: numbers.Integral = 10,
     *,
-    doc_topic_prior: float | None = None,
-    topic_word_prior: float | None = None,
+    doc_topic_prior: numbers.Real | None = None,
+    topic_word_prior: numbers.Real | None = None,
     learning_method: str = 'cvb0',
-    learning_decay: float = 0.7,
-    learning_offset: float = 10.0,
-    max_iter: int = 50,
-    batch_size: int = 128,
-    total_samples: float = 1e6,
-    n_blocks: int = 8,
-    mean_change_tol: float = 1e-3,
-    max_doc_update_iter: int = 100,
+    learning_decay: numbers.Real = 0.7,
+    learning_offset: numbers.Real = 10.0,
+    max_iter: numbers.Integral = 50,
+    batch_size: numbers.Integral = 128,
+    total_samples: numbers.Real = 1e6,
+    n_blocks: numbers.Integral = 8,
+    mean_change_tol: numbers.Real = 1e-3,
+    max_doc_update_iter: numbers.Integral = 100,
     random_state: Any = None,
   ):
     self.n_components = n_components
@@ -138,7 +137,7 @@ class LatentDirichletAllocation(
       self._start(random, X)
       for _ in range(self.max_iter):
         order = random.permutation(X.shape[0])
-        self._learn(X, order, float(X.shape[0]))
+        self._learn(X, order, X.shape[0])
     else:
       self._set_components(self._fit_whole(documents, random), X.dtype)
     self.n_iter_ = self.max_iter
@@ -165,7 +164,7 @@ class LatentDirichletAllocation(
       self._set_priors()
       self.n_batch_iter_ = self.n_iter_ = 0
       self._start(check_random_state(self.random_state), X)
-    self._learn(X, np.arange(X.shape[0]), float(self.total_samples))
+    self._learn(X, np.arange(X.shape[0]), int(self.total_samples))
     self.n_iter_ += 1
     return self
 
@@ -350,32 +349,25 @@ class LatentDirichletAllocation(
 
   def _learn(self, X, order, total):
     """Steps of 'svi' on the rows of X in an order."""
-    state = lda.svi.init(
-      jax.random.key(0),
-      self._word_sums(),
-      num_topics=int(self.n_components),
-      num_words=X.shape[1],
+    model = int(self.n_components), X.shape[1]
+    init, step = _online(
+      *model,
+      total,
+      self.doc_topic_prior_,
+      self.topic_word_prior_,
+      float(self.learning_decay),
+      float(self.learning_offset),
+      int(self.max_doc_update_iter),
+      float(self.mean_change_tol),
     )
+    key = jax.random.key(0)  # No step draws.
+    state = init(key, self._word_sums())
+    state = state._replace(count=jnp.int32(self.n_batch_iter_))
     documents = lda.from_csr(X, allow_no_tokens=True)
-    longest = int(np.diff(documents.starts).max(initial=1))
+    width = _power_of_two(int(np.diff(documents.starts).max(initial=1)))
     for first in range(0, len(order), self.batch_size):
       rows = order[first : first + self.batch_size]
-      # Few shapes, so few compilations; rows that are not there are empty.
-      padded = np.full(_power_of_two(len(rows)), -1)
-      padded[: len(rows)] = rows
-      batch = lda.documents.pad(documents, padded, _power_of_two(longest))
-      offset = self.learning_offset + self.n_batch_iter_
-      state, _ = _svi_step(
-        jax.random.key(0),
-        state,
-        batch,
-        num_documents=np.float32(total * len(padded) / len(rows)),
-        step_size=np.float32(math.pow(offset, -self.learning_decay)),
-        alpha=np.float32(self.doc_topic_prior_),
-        eta=np.float32(self.topic_word_prior_),
-        max_steps=np.int32(self.max_doc_update_iter),
-        tolerance=np.float32(self.mean_change_tol),
-      )
+      state, _ = step(key, state, lda.documents.pad(documents, rows, width))
       self.n_batch_iter_ += 1
     self._set_components(np.asarray(lda.svi.word_sums(state)), X.dtype)
 
@@ -395,7 +387,23 @@ def _method(name, num_topics, num_words, alpha, eta):
   return jax.jit(made.init), jax.jit(made.step, donate_argnums=1)
 
 
-_svi_step = jax.jit(functools.partial(lda.svi.step, random_start=False))
+@functools.lru_cache(maxsize=8)
+def _online(
+  num_topics, num_words, total, alpha, eta, decay, offset, max_steps, tolerance
+):
+  """Likewise of 'svi', for one topic too."""
+  settings = dict(eta=eta, num_topics=num_topics, num_words=num_words)
+  step = functools.partial(
+    lda.svi.step,
+    num_documents=total,
+    step_size=lda.fading.power(decay, offset),
+    alpha=alpha,
+    eta=eta,
+    max_steps=max_steps,
+    tolerance=tolerance,
+    random_start=False,
+  )
+  return functools.partial(lda.svi.init, **settings), jax.jit(step)
 
 
 @functools.partial(jax.jit, static_argnums=3)

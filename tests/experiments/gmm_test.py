@@ -206,7 +206,7 @@ class GmmTest(parameterized.TestCase):
     config = gmm.Config(**SMALL)
     model = gmm.make_model(config, data)
     fit = lambda folder: gmm.train(
-      config, 'esvi', model, data, self.folder / folder
+      config, 'svi', model, data, self.folder / folder
     )
     whole, train = fit('whole'), runner.train
 
@@ -225,18 +225,26 @@ class GmmTest(parameterized.TestCase):
 class DevicesTest(parameterized.TestCase):
   def test_8_devices_equal_1(self):
     self.enter_context(jax.numpy_dtype_promotion('standard'))
-    folder = pathlib.Path(self.create_tempdir().full_path)
     data = gmm.Data(_rows().astype(np.float32), None, 16)
-    config = gmm.Config(num_passes=2, blocks=8)
+    config = gmm.Config(blocks=8)
     model = gmm.make_model(config, data)
-    fit = lambda name: gmm.train(config, 'esvi', model, data, folder / name)
-    eight = fit('eight')
-    with mock.patch.object(jax, 'device_count', return_value=1):
-      one = fit('one')
+    z0 = np.random.default_rng(0).dirichlet(np.ones(16), 200)
+
+    def fit(num_devices):
+      with mock.patch.object(jax, 'device_count', return_value=num_devices):
+        method = gmm.make_method(config, 'esvi', model, data)
+      rows, step = method.constants, jax.jit(method.step)
+      self.assertLen(rows.data.sharding.device_set, num_devices)
+      state = jax.jit(method.init)(jax.random.key(0), rows, jnp.float32(z0))
+      for number in range(8):
+        state, _ = step(jax.random.key(number), state, (number, rows))
+      self.assertLen(state.responsibilities.sharding.device_set, num_devices)
+      return jax.device_get(method.statistics(state))
+
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2),
-      eight,
-      one,
+      fit(8),
+      fit(1),
     )
 
 

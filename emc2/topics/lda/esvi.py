@@ -47,8 +47,9 @@ class PhiMemory(NamedTuple):
 class TopkMemory(NamedTuple):
   """The largest responsibilities of each pair; `storage='topk'`."""
 
-  topics: jax.Array  # (W, B * L, T, C), int32.
-  phi: jax.Array  # (W, B * L, T, C); the others share the rest.
+  # Pairs last: a short last axis would be padded to 128 on a TPU.
+  topics: jax.Array  # (W, B * L, C, T), int32.
+  phi: jax.Array  # (W, B * L, C, T); the others share the rest.
 
 
 class Info(NamedTuple):
@@ -394,18 +395,18 @@ def _pack(storage, top_c, tail, phi):
     others = num_topics - top_c
     rest = others * jnp.exp(jnp.sum(logs, -1, keepdims=True) / others)
     values /= jnp.sum(values, -1, keepdims=True) + rest
-  return TopkMemory(topics, values)
+  return TopkMemory(topics.T, values.T)
 
 
 def _unpack(storage, num_topics, memory):
   """The responsibilities (T, K) that a tile's memory stands for."""
   if storage == 'phi':
     return memory.phi
-  top_c = memory.phi.shape[-1]
-  shape = (*memory.phi.shape[:-1], num_topics)
-  rest = 1 - jnp.sum(memory.phi, -1, keepdims=True)
+  topics, values = memory.topics.T, memory.phi.T
+  size, top_c = values.shape
+  rest = 1 - jnp.sum(values, -1, keepdims=True)
   rest = jnp.maximum(rest, 0) / max(1, num_topics - top_c)
-  return _scatter(jnp.broadcast_to(rest, shape), memory.topics, memory.phi)
+  return _scatter(jnp.broadcast_to(rest, (size, num_topics)), topics, values)
 
 
 def _scatter(table, columns, values):

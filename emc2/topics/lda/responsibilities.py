@@ -123,7 +123,7 @@ def add_up(
     Those of the documents, (D / W, K), and of all words, (B, V / B, K).
   """
 
-  def step(sums, tile):
+  def visit(sums, tile):
     by_document, by_word = sums
     own, (ids, word_ids, counts) = tile
     tokens = counts[:, None] * unpack(own)
@@ -136,7 +136,7 @@ def add_up(
     local.cells.counts, shape=(rows, local.num_topics)
   )
   sums = make(local.num_documents), make(num_words)
-  sums = jax.lax.scan(step, sums, (memory, local.all_tiles()))[0]
+  sums = jax.lax.scan(visit, sums, (memory, local.all_tiles()))[0]
   by_word = sums[1].reshape(local.num_blocks, local.block_words, -1)
   return sums[0], by_word
 

@@ -57,7 +57,7 @@ def add_up(
     document_weights, word_weights, cell.counts
   )
 
-  def step(carry, tile):
+  def visit(carry, tile):
     by_document, by_word, log_likelihood = carry
     documents, words, counts = tile
     weights = gather(document_weights, documents)
@@ -75,7 +75,7 @@ def add_up(
     jnp.zeros_like(document_weights, shape=()),
   )
   tiles = cell.documents, cell.words, cell.counts
-  by_document, by_word, log_likelihood = jax.lax.scan(step, carry, tiles)[0]
+  by_document, by_word, log_likelihood = jax.lax.scan(visit, carry, tiles)[0]
   by_document *= document_weights
   by_word *= word_weights
   if num_dense:
@@ -120,7 +120,7 @@ def visit_tiles(
 
   # A memory is read right after its neighbour was written: a read that others
   # still wanted at the next write would make XLA copy the whole.
-  def step(carry, numbered):
+  def visit(carry, numbered):
     carry, memory, own = carry
     number, tile = numbered
     carry, own = update(carry, own, tile)
@@ -134,7 +134,7 @@ def visit_tiles(
 
   numbers = start + jnp.arange(num_tiles, dtype=jnp.int32)
   carry = carry, memory, read(memory, start)
-  (carry, memory, _), _ = jax.lax.scan(step, carry, (numbers, tiles))
+  (carry, memory, _), _ = jax.lax.scan(visit, carry, (numbers, tiles))
   return carry, memory
 
 

@@ -321,14 +321,15 @@ class TopkTest(parameterized.TestCase):
       full, _ = full.step(jax.random.key(0), first, place(cells, None))
       phi = np.asarray(full.memory.phi).reshape(-1, K)
     topics = np.argsort(-phi, 1)[:, :2]
-    np.testing.assert_array_equal(got.topics.reshape(-1, 2), topics)
+    pairs_last = lambda x: np.moveaxis(x, -1, -2).reshape(-1, 2)
+    np.testing.assert_array_equal(pairs_last(got.topics), topics)
     want = np.take_along_axis(phi, topics, 1)
     if tail == 'meanfield':
       logs = np.log(phi)
       np.put_along_axis(logs, topics, 0, 1)
       rest = (K - 2) * np.exp(logs.sum(1, keepdims=True) / (K - 2))
       want /= want.sum(1, keepdims=True) + rest
-    np.testing.assert_allclose(got.phi.reshape(-1, 2), want, rtol=1e-9)
+    np.testing.assert_allclose(pairs_last(got.phi), want, rtol=1e-9)
 
   @pytest.mark.slow
   def test_few_topics_come_near_and_one_does_not(self):
