@@ -1,6 +1,59 @@
 """Topics of documents by every algorithm for LDA, side by side.
 
-HEAD
+  python -m emc2.experiments.lda --workdir=runs/lda
+
+finds 40 topics of 6,291 docstrings of installed packages, without a download,
+by every algorithm of :mod:`emc2.topics.lda`. `--config.corpus=PATH` takes a
+file of lda-c or of UCI's bags of words, and `--config.algorithm=` some of
+
+  esvi       `blocks` of words, one after another or round a ring of devices
+  esvi_topk  the same, with the `top_c` largest responsibilities of each pair
+  vi         all documents, then all topics
+  cvb0       the collapsed method of zeroth order
+  svi        a batch of documents a step: online LDA
+  scvb0      likewise, of CVB0
+
+That command took two to three minutes on two busy CPU cores, most of it to read
+and to compile, and came, with JAX 0.10.2, to
+
+             perplexity   ELBO / 1e6   NPMI    seconds
+  cvb0       544          -2.096       0.238    3.7
+  scvb0      607          -2.344       0.150   11.5
+  svi        659          -2.104       0.140   14.8
+  esvi       892          -2.280       0.161    2.8
+  vi         928          -2.275       0.188    3.4
+  esvi_topk  932          -2.307       0.133   12.4
+
+So CVB0 finds the best topics by far, and sooner. ESVI is ahead of VI after
+equal passes, as its paper says, but both let short documents choose their
+topics before there are any, and end in poor optima: `concentration=100`, nearly
+equal responsibilities at first, is the best start we know; 1, the usual one,
+gave perplexities of 919 and 975, and `document_steps=5`, which repeats the
+E-steps of VI, made 881 of its 975. Online LDA, whose E-steps start anew and
+converge, has no such trouble. With C = K / 4, esvi_topk is near esvi.
+
+Perplexity is of document completion: of the documents held out half of the
+tokens is seen, 200 E-steps find their topics, which foretell the other half.
+The ELBO is that of the documents to train on, in float64, with the best
+responsibilities: at the sums by document that an algorithm keeps or, of svi and
+scvb0, which keep none, after E-steps. CVB0 does not ascend it. Coherence (NPMI)
+is that of ten words in the documents to train on.
+
+With several devices all of them form a ring, whose number must divide
+`blocks`; svi and scvb0 use one. `--config.stream=true` lets these two read a
+file batch by batch, which is all that is then in memory but for up to 1,000
+documents, evenly spaced, that are held out: of them come perplexity and
+coherence, and there is no ELBO. Name `--config.vocabulary=` then to see words.
+
+`figure.png` shows bounds and perplexities against passes and seconds, and the
+topics of the least perplexity; `topics.txt` has those of all. `result.json`
+holds
+
+  documents, words, tokens   of the corpus
+  ALGORITHM.perplexity       of what is held out, at the end
+  ALGORITHM.elbo             in nats, of all documents to train on
+  ALGORITHM.coherence        mean over topics
+  ALGORITHM.seconds          of its steps, without compiling and evaluating
 """
 
 import dataclasses
@@ -342,7 +395,7 @@ def _make_online(config, name, data):
       **priors,
     )
   else:
-    made = module.scvb0(*model, num_tokens=num_tokens, **priors)
+    made = module.scvb0(*model, num_tokens=float(num_tokens), **priors)
 
   def batches():
     if data.training is None:
