@@ -347,7 +347,11 @@ def _add(total, x):
 def _fold(body, carry, arrays, model, row_batch):
   """`carry = body(carry, *rows)` over chunks of rows, the rest at the end."""
   num_rows = arrays[0].shape[0]
-  row_batch = min(row_batch or rows_at_once(model.num_components), num_rows)
+  if row_batch is None:
+    # Even chunks leave few rows or none, and so often no second loop body.
+    most = rows_at_once(model.num_components)
+    row_batch = num_rows // -(-num_rows // most)
+  row_batch = min(row_batch, num_rows)
   num_chunks = num_rows // row_batch
   whole = num_chunks * row_batch
   chunk = lambda x: x[:whole].reshape(num_chunks, row_batch, *x.shape[1:])

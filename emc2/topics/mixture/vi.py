@@ -96,7 +96,8 @@ def vi(
 
   Raises:
     ValueError: If an argument is out of its range; from `init`, if `z0` is no
-      start, see :func:`model.check_responsibilities`.
+      start, see :func:`model.check_responsibilities`; from `step`, if the
+      devices do not divide the rows.
 
   Examples:
     >>> from emc2.topics.mixture import families
@@ -115,7 +116,11 @@ def vi(
   if mesh is None:
     return algorithm.Algorithm(init_fn, functools.partial(step, **settings))
   spec = jax.sharding.PartitionSpec
-  step_fn = jax.shard_map(
+  if mesh_lib.RING not in mesh.shape:
+    raise ValueError(
+      f'mesh must have an axis {mesh_lib.RING!r}, got {dict(mesh.shape)}.'
+    )
+  shard_step = jax.shard_map(
     functools.partial(step, **settings, axis_name=mesh_lib.RING),
     mesh=mesh,
     in_specs=(spec(), spec(), spec(mesh_lib.RING)),
@@ -123,6 +128,16 @@ def vi(
     # A scan starts from zeros, which are the same everywhere, and ends varying.
     check_vma=False,
   )
+  devices = mesh.shape[mesh_lib.RING]
+
+  def step_fn(key, state, batch):
+    if batch.shape[0] % devices:
+      raise ValueError(
+        f'data must have a multiple of {devices} rows, as many devices as the '
+        f'axis {mesh_lib.RING!r} has, got {batch.shape[0]}.'
+      )
+    return shard_step(key, state, batch)
+
   return algorithm.Algorithm(init_fn, step_fn)
 
 

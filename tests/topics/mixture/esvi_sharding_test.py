@@ -55,8 +55,7 @@ def _fit(num_devices, **settings):
 class ShardedTest(parameterized.TestCase):
   @parameterized.parameters(
     dict(num_devices=8),
-    dict(num_devices=4, mixing='ring', active_prob=0.5),
-    dict(num_devices=2, inner_batch=3),
+    dict(num_devices=4, mixing='ring', active_prob=0.5, inner_batch=3),
   )
   def test_devices_equal_one(self, num_devices, **settings):
     one, many = _fit(1, **settings)[:2], _fit(num_devices, **settings)[:2]

@@ -46,17 +46,17 @@ class EsviTest(parameterized.TestCase):
   @parameterized.parameters(
     dict(),
     dict(mixing='ring'),
-    dict(num_blocks=2, inner_batch=1),
-    dict(active_prob=0.2, inner_batch=8),
+    dict(inner_batch=8),
+    dict(active_prob=0.2),
   )
   def test_monotone_and_invariant(self, **settings):
     self._check_run(**settings)
 
   @parameterized.parameters(
     dict(num_blocks=1),
-    dict(inner_batch=6),
+    dict(num_blocks=2, inner_batch=1),
     dict(mixing='ring', inner_batch=24),
-    dict(active_prob=0.5),
+    dict(active_prob=0.5, inner_batch=8),
   )
   @pytest.mark.slow
   def test_monotone_and_invariant_too(self, **settings):
@@ -119,6 +119,7 @@ class EsviTest(parameterized.TestCase):
     self.assertGreater(permuted[-1], vi - 0.001 * abs(vi))
     self.assertLess(bounds[-1], vi - 0.2 * abs(vi))
 
+  @pytest.mark.slow
   def test_all_rows_at_once_are_as_fresh_as_none(self):
     with jax.enable_x64(True):
       _, plain, _ = fit(3)
@@ -151,35 +152,35 @@ class EsviTest(parameterized.TestCase):
     np.testing.assert_allclose(found, z, rtol=1e-7, atol=1e-12)
 
   def test_idle_places_change_nothing(self):
-    method, idle = make(active_prob=0.3), []
-    _, z, data = problem(dtype='float32')
-    rows = mixture.esvi.split_rows(data, 4)
-    state = make().init(jax.random.key(0), rows, z)
-    for number in range(40):
-      before = state
-      state, info = method.step(jax.random.key(number), state, rows)
-      idle.append(np.asarray(info.moved) == 0)
-      for place in np.flatnonzero(idle[-1]):
-        np.testing.assert_array_equal(
-          state.responsibilities[place], before.responsibilities[place]
-        )
-    self.assertBetween(np.mean(idle), 0.6, 0.8)
+    method, idle = make(active_prob=0.2), []
+    with jax.enable_x64(True):
+      _, z, data = problem()
+      rows = mixture.esvi.split_rows(data, 4)
+      state = make().init(jax.random.key(0), rows, z)
+      for number in range(40):
+        before = np.asarray(state.responsibilities)
+        state, info = method.step(jax.random.key(number), state, rows)
+        idle.append(np.asarray(info.moved) == 0)
+        after = np.asarray(state.responsibilities)
+        np.testing.assert_array_equal(after[idle[-1]], before[idle[-1]])
+    self.assertBetween(np.mean(idle), 0.7, 0.9)
     self.assertGreater(np.std(np.mean(idle, axis=1)), 0.1)
 
   def test_refreshed_statistics_lose_what_drifted(self):
     method, errors = make(), []
-    _, z, data = problem(dtype='float32')
-    rows = mixture.esvi.split_rows(data, 4)
-    state = method.init(jax.random.key(0), rows, z)
-    drifted = jax.tree.map(lambda x: x + 0.5, state.statistics)
-    state = state._replace(statistics=drifted)
-    for number in range(7):
-      state, _ = method.step(jax.random.key(number), state, rows)
-      found = mixture.esvi.responsibilities(state, NUM_ROWS)
-      count = mixture.esvi.statistics(state).count
-      errors.append(np.abs(count - np.sum(found, axis=0)).max())
+    with jax.enable_x64(True):
+      _, z, data = problem()
+      rows = mixture.esvi.split_rows(data, 4)
+      state = method.init(jax.random.key(0), rows, z)
+      drifted = jax.tree.map(lambda x: x + 0.5, state.statistics)
+      state = state._replace(statistics=drifted)
+      for number in range(7):
+        state, _ = method.step(jax.random.key(number), state, rows)
+        found = mixture.esvi.responsibilities(state, NUM_ROWS)
+        count = mixture.esvi.statistics(state).count
+        errors.append(np.abs(count - np.sum(found, axis=0)).max())
     self.assertGreater(np.min(errors[:6]), 0.4)
-    self.assertLess(errors[6], 1e-4)
+    self.assertLess(errors[6], 1e-12)
 
   def test_chunks_of_rows_that_overlap(self):
     """More rows than are taken at a time, and no multiple of it."""

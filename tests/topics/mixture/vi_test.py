@@ -122,6 +122,15 @@ class ViTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f'^{match} must'):
       mixture.vi.vi(**(dict(model=fitting.make_model()) | given))
 
+  def test_refuses_what_no_mesh_can_split(self):
+    with self.assertRaisesRegex(ValueError, "^mesh must have an axis 'ring'"):
+      mixture.vi.vi(fitting.make_model(), mesh=mesh_lib.make(data=8))
+    method = mixture.vi.vi(fitting.make_model(), mesh=mesh_lib.make(ring=8))
+    data = jnp.zeros((12, 2))
+    state = jax.eval_shape(method.init, jax.random.key(0), data)
+    with self.assertRaisesRegex(ValueError, '^data must have a multiple of 8'):
+      method.step(jax.random.key(0), state, data)
+
   def test_refuses_a_bad_start(self):
     method, data = mixture.vi.vi(fitting.make_model()), jnp.zeros((4, 2))
     for z, match in (
