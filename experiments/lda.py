@@ -591,9 +591,9 @@ def run(config: Config, workdir: epath.Path) -> dict[str, float]:
   data = read(config)
   methods = make_methods(config, names, data)
   summary = {
-    'documents': data.size.num_documents,
-    'words': data.size.num_words,
-    'tokens': data.size.num_tokens,
+    'documents': float(data.size.num_documents),
+    'words': float(data.size.num_words),
+    'tokens': float(data.size.num_tokens),
   }
   curves, topics = {}, {}
   for name, method in methods.items():
