@@ -41,15 +41,16 @@ class CellMemory(NamedTuple):
 class PhiMemory(NamedTuple):
   """The responsibilities of each pair; `storage='phi'`."""
 
-  phi: jax.Array  # (W, B * L, T, K).
+  # Flat, since a TPU would pad a last axis to a multiple of 128.
+  phi: jax.Array  # (W, B * L, T * K).
 
 
 class TopkMemory(NamedTuple):
   """The largest responsibilities of each pair; `storage='topk'`."""
 
-  # Pairs last: a short last axis would be padded to 128 on a TPU.
-  topics: jax.Array  # (W, B * L, C, T), int32.
-  phi: jax.Array  # (W, B * L, C, T); the others share the rest.
+  # Flat, likewise.
+  topics: jax.Array  # (W, B * L, T * C), int32.
+  phi: jax.Array  # (W, B * L, T * C); the others share the rest.
 
 
 class Info(NamedTuple):
@@ -78,7 +79,7 @@ def init(
     memory = CellMemory(sums[0], sums[1][None])
     documents, by_word = jnp.sum(sums[0], 0), sums[1]
   else:
-    unpack = functools.partial(_unpack, storage, num_topics)
+    unpack = functools.partial(_unpack, storage, num_topics, top_c)
 
     def make(number):
       phi = responsibilities.draw_tile(local, number, concentration)
@@ -120,7 +121,7 @@ def step(
     key, cells, num_topics, num_words, axis_name
   )
   pack = functools.partial(_pack, storage, top_c, tail)
-  unpack = functools.partial(_unpack, storage, num_topics)
+  unpack = functools.partial(_unpack, storage, num_topics, top_c)
 
   def visit_sums(resident, own, block, number):
     """Storage of sums: the cell at once, by matrix products."""
@@ -386,7 +387,7 @@ def esvi(
 def _pack(storage, top_c, tail, phi):
   """The memory of a tile's responsibilities (T, K)."""
   if storage == 'phi':
-    return PhiMemory(phi)
+    return PhiMemory(phi.reshape(-1))
   num_topics = phi.shape[-1]
   values, topics = jax.lax.top_k(phi, top_c)
   if tail == 'meanfield' and top_c < num_topics:
@@ -395,18 +396,18 @@ def _pack(storage, top_c, tail, phi):
     others = num_topics - top_c
     rest = others * jnp.exp(jnp.sum(logs, -1, keepdims=True) / others)
     values /= jnp.sum(values, -1, keepdims=True) + rest
-  return TopkMemory(topics.T, values.T)
+  return TopkMemory(topics.reshape(-1), values.reshape(-1))
 
 
-def _unpack(storage, num_topics, memory):
+def _unpack(storage, num_topics, top_c, memory):
   """The responsibilities (T, K) that a tile's memory stands for."""
   if storage == 'phi':
-    return memory.phi
-  topics, values = memory.topics.T, memory.phi.T
-  size, top_c = values.shape
+    return memory.phi.reshape(-1, num_topics)
+  topics, values = (x.reshape(-1, top_c) for x in memory)
   rest = 1 - jnp.sum(values, -1, keepdims=True)
   rest = jnp.maximum(rest, 0) / max(1, num_topics - top_c)
-  return _scatter(jnp.broadcast_to(rest, (size, num_topics)), topics, values)
+  rest = jnp.broadcast_to(rest, (len(topics), num_topics))
+  return _scatter(rest, topics, values)
 
 
 def _scatter(table, columns, values):

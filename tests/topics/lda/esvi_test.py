@@ -144,14 +144,13 @@ class OracleTest(parameterized.TestCase):
       states, info = run(1, cells, {})
       want = serial(cells, states[0])
       ids, word_ids, counts, _ = want.pairs()
-      weights = lda.expectations.document_weights(states[0].documents, ALPHA)
-      totals = states[0].words.sum((0, 1))
+      documents, words = map(jnp.asarray, states[0][:2])
+      weights = lda.expectations.document_weights(documents, ALPHA)
       others = lda.expectations.word_weights(
-        states[0].words.reshape(-1, K), totals, ETA, V
+        words.reshape(-1, K), jnp.sum(words, (0, 1)), ETA, V
       )
-      scores = np.sum(
-        np.asarray(weights)[ids] * np.asarray(others)[word_ids], 1
-      )
+      weights, others = np.asarray(weights)[ids], np.asarray(others)[word_ids]
+      scores = np.sum(weights * others, 1)
       loss = -np.sum(counts * np.log(scores)) / counts.sum()
       np.testing.assert_allclose(info.loss, loss, rtol=1e-12)
 
@@ -248,7 +247,7 @@ class InvariantTest(parameterized.TestCase):
     with jax.enable_x64(True):
       cells, _ = cut()
       state = run(0, cells, dict(concentration=concentration))[0][0]
-    phi = state.memory.phi
+    phi = state.memory.phi.reshape(-1, K)
     np.testing.assert_allclose(phi.sum(-1), 1, atol=1e-12)
     # The variance of an entry tells the parameter.
     want = (1 / K) * (1 - 1 / K) / (K * concentration + 1)
@@ -321,15 +320,14 @@ class TopkTest(parameterized.TestCase):
       full, _ = full.step(jax.random.key(0), first, place(cells, None))
       phi = np.asarray(full.memory.phi).reshape(-1, K)
     topics = np.argsort(-phi, 1)[:, :2]
-    pairs_last = lambda x: np.moveaxis(x, -1, -2).reshape(-1, 2)
-    np.testing.assert_array_equal(pairs_last(got.topics), topics)
+    np.testing.assert_array_equal(got.topics.reshape(-1, 2), topics)
     want = np.take_along_axis(phi, topics, 1)
     if tail == 'meanfield':
       logs = np.log(phi)
       np.put_along_axis(logs, topics, 0, 1)
       rest = (K - 2) * np.exp(logs.sum(1, keepdims=True) / (K - 2))
       want /= want.sum(1, keepdims=True) + rest
-    np.testing.assert_allclose(pairs_last(got.phi), want, rtol=1e-9)
+    np.testing.assert_allclose(got.phi.reshape(-1, 2), want, rtol=1e-9)
 
   @pytest.mark.slow
   def test_few_topics_come_near_and_one_does_not(self):
