@@ -191,7 +191,7 @@ def learn(
       continue
     found['cpu'].append(spent['cpu'])
     found['wall'].append(spent['wall'])
-    perplexity = _perplexity(folder, word_sums(jax.device_get(state)))
+    perplexity = _perplexity(folder, word_sums(state))
     found['perplexity'].append(perplexity)
     if until is not None and perplexity <= until:
       break

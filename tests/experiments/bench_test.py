@@ -19,7 +19,13 @@ from emc2.contrastive import objective
 from emc2.experiments import bench
 from emc2.experiments.benchmarks import contrastive as contrastive_bench
 from emc2.experiments.benchmarks import contrastive_toys as toys
-from emc2.experiments.benchmarks import harness, peers_thomson, worker
+from emc2.experiments.benchmarks import (
+  harness,
+  peers_lda,
+  peers_thomson,
+  worker,
+)
+from emc2.experiments.benchmarks import lda as lda_bench
 from emc2.experiments.benchmarks import mada as mada_bench
 from emc2.experiments.benchmarks import thomson as thomson_bench
 
@@ -582,3 +588,63 @@ class MadaTest(parameterized.TestCase):
       for case in mada_bench.cases(True):
         for row in case.run(context):
           self.assertIsNotNone(row.ours, row.name)
+
+
+class LdaTest(parameterized.TestCase):
+  """The cases of the topic models' benchmark, on a corpus of nothing."""
+
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    rng = np.random.default_rng(0)
+    topics = rng.dirichlet(np.full(30, 0.1), 4)
+    counts = rng.poisson(20 * topics[rng.integers(4, size=60)])
+    self.folder = folder.name
+    lines = []
+    for row in counts:
+      pairs = [f'{word}:{count}' for word, count in enumerate(row) if count]
+      lines.append(' '.join([str(len(pairs)), *pairs]))
+    path = pathlib.Path(self.folder, 'corpus.dat')
+    path.write_text('\n'.join([*lines, '']))
+    lda_bench.prepare(self.folder, str(path), smoke=False)
+
+  def test_cases_have_names_of_their_own(self):
+    for smoke in (True, False):
+      names = [case.name for case in lda_bench.cases(smoke)]
+      self.assertLen(set(names), len(names))
+
+  @parameterized.parameters('cvb0', 'scvb0')
+  def test_learns_and_is_judged(self, algorithm):
+    found = lda_bench.learn(
+      folder=self.folder, algorithm=algorithm, topics=4, passes=4, every=2
+    )
+    self.assertLen(found['perplexity'], 2)
+    self.assertLess(max(found['perplexity']), 30)
+    self.assertLess(found['wall'][0], found['wall'][1])
+
+  def test_stops_where_it_is_told(self):
+    found = lda_bench.learn(
+      folder=self.folder, algorithm='cvb0', topics=4, passes=5, until=1e9
+    )
+    self.assertLen(found['perplexity'], 1)
+
+  def test_a_peer_gives_topics_that_are_judged(self):
+    out = os.path.join(self.folder, 'topics.npz')
+    seconds = peers_lda.fit(
+      peer='scikit-learn',
+      corpus=os.path.join(self.folder, 'train.npz'),
+      out=out,
+      topics=4,
+      alpha=0.1,
+      eta=0.01,
+      passes=3,
+      seed=0,
+    )
+    self.assertGreater(seconds['wall'], 0)
+    judge = lda_bench.VALUES['judge']
+    self.assertLess(judge(folder=self.folder, topics_path=out), 30)
+
+  def test_all_forms_of_a_pass_run(self):
+    for form in ('ours', 'sparse', 'plain', 'dense'):
+      lda_bench.time_pass(folder=self.folder, topics=4, form=form)()
