@@ -113,6 +113,7 @@ class BiasTest(parameterized.TestCase):
     self.assertBetween(long, 0.7 * want, 1.3 * want)
     self.assertBetween(short / long, 1.5, 2.7)
 
+  @pytest.mark.slow
   @parameterized.parameters((4, 0.051), (16, 0.018))
   def test_resampling_is_unbiased(self, batch_size, want):
     short = _error('EMC2, resampling', batch_size, 500)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import contrastive
@@ -50,14 +51,24 @@ def _train(mesh, num_steps=4, **settings):
 class ShardedTest(parameterized.TestCase):
   @parameterized.parameters(
     {'num_views': 2, 'burn_in': 0.5},
+    {'num_views': None, 'out_of_batch': 'cached', 'embedding_size': 8},
+  )
+  def test_8_devices_equal_1(self, **settings):
+    self.check_devices(**settings)
+
+  @pytest.mark.slow
+  @parameterized.parameters(
     {'num_views': None},
     {'num_views': 2, 'out_of_batch': 'drop'},
-    {'num_views': None, 'out_of_batch': 'cached', 'embedding_size': 8},
     {'num_views': 2, 'proposals': 'uniform'},
     {'num_views': None, 'proposals': 'resample'},
     {'num_views': 2, 'released': True},
   )
-  def test_8_devices_equal_1(self, **settings):
+  def test_8_devices_equal_1_with_others(self, **settings):
+    self.check_devices(**settings)
+
+  def check_devices(self, **settings):
+    """States, infos and collectives of a split batch."""
     whole, whole_infos, _ = _train(None, **settings)
     split, split_infos, _ = _train(mesh_lib.make(data=8), **settings)
     jax.tree.map(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2.contrastive import moving_average, simclr, sogclr
@@ -285,6 +286,7 @@ class SogclrTest(parameterized.TestCase):
 
 
 class BiasTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_bias_at_fixed_embeddings(self):
     """Identity 17: a small gamma removes most of SimCLR's bias."""
     views, beta = common.clusters(100), 5.0

@@ -8,6 +8,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2.experiments import gmm, gmm_figure, runner
@@ -201,6 +202,7 @@ class GmmTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'rows.npy: expected a matrix'):
       gmm.read(gmm.Config(data=str(self.folder / 'rows.npy')))
 
+  @pytest.mark.slow
   def test_goes_on_after_a_cut(self):
     data = gmm.Data(_rows().astype(np.float32), None, 4)
     config = gmm.Config(**SMALL)
@@ -223,6 +225,7 @@ class GmmTest(parameterized.TestCase):
 
 
 class DevicesTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_8_devices_equal_1(self):
     self.enter_context(jax.numpy_dtype_promotion('standard'))
     data = gmm.Data(_rows().astype(np.float32), None, 16)

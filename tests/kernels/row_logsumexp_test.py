@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.test_util import check_grads
@@ -529,6 +530,7 @@ def gpu_interpreter():
 class GpuKernelTest(parameterized.TestCase):
   """Interpreted: all but the matrix instructions themselves."""
 
+  @pytest.mark.slow
   def test_matches_float64(self):
     rows, columns, position, scale, cotangent = args = problem(6, 70, 16)
     stats, interpret = (position % 35, scale), gpu_interpreter()

@@ -68,15 +68,17 @@ def step(
   alpha, eta = (jnp.asarray(x, state.documents.dtype) for x in (alpha, eta))
   # Tokens of a document do not change.
   lengths = jnp.sum(state.documents, 1)
-  norms = lengths - 1 + num_topics * alpha
 
   def update(carry, phi, tile):
     documents, block, totals, log_likelihood = carry
     ids, word_ids, counts = tile
+    # One token, or what there is of it.
+    one = jnp.minimum(counts, 1)
+    own = one[:, None] * phi
     new = (
-      (sweep.gather(documents, ids) - phi + alpha)
-      * (sweep.gather(block, word_ids) - phi + eta)
-      / (totals[None] - phi + num_words * eta)
+      (sweep.gather(documents, ids) - own + alpha)
+      * (sweep.gather(block, word_ids) - own + eta)
+      / (totals[None] - own + num_words * eta)
     )
     # Rounding may take a token from where there is none.
     new = jnp.maximum(new, 0)
@@ -86,8 +88,8 @@ def step(
     documents = sweep.scatter_add(documents, ids, change)
     block = sweep.scatter_add(block, word_ids, change)
     totals += jnp.sum(change, 0)
-    scores = scores[:, 0] / jnp.maximum(norms[ids], expectations.TINY)
-    log_likelihood += jnp.sum(counts * jnp.log(scores))
+    norms = lengths[ids] - one + num_topics * alpha
+    log_likelihood += jnp.sum(counts * jnp.log(scores[:, 0] / norms))
     return (documents, block, totals, log_likelihood), new
 
   def visit(resident, own, block, number):

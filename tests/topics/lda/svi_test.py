@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import algorithm
@@ -133,6 +134,7 @@ class SviTest(parameterized.TestCase):
         )
         np.testing.assert_allclose(sums + ALPHA, gamma, rtol=0, atol=1e-10)
 
+  @pytest.mark.slow
   def test_draws(self):
     """Gamma(c, 1 / c) for topics and, anew by key, for documents."""
     method = make(concentration=4.0, max_steps=1)
