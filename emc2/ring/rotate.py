@@ -43,9 +43,10 @@ def rotate(
     ...   return total + block, block, 2 * block
     >>> total, kept, blocks = rotate(
     ...     visit, jnp.float32(0), jnp.zeros(3), jnp.arange(3.0))
-    >>> total, kept, blocks
-    (Array(3., dtype=float32), Array([0., 1., 2.], dtype=float32), \
-Array([0., 2., 4.], dtype=float32))
+    >>> total, kept
+    (Array(3., dtype=float32), Array([0., 1., 2.], dtype=float32))
+    >>> blocks
+    Array([0., 2., 4.], dtype=float32)
   """
   here = jax.tree.leaves(blocks)[0].shape[0]
   width = 1 if axis_name is None else jax.lax.axis_size(axis_name)

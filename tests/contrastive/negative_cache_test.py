@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from scipy import stats
 
@@ -456,13 +457,21 @@ class RefusalTest(parameterized.TestCase):
 
 class ShardedCacheTest(parameterized.TestCase):
   @parameterized.parameters(
-    dict(),
     dict(num_views=2, num_negatives=3, refresh_fraction=0.2),
-    dict(top_k=5, positive='second'),
-    dict(capacity=30),
     dict(capacity=30, num_negatives=2, top_k=9),
   )
   def test_eight_devices_equal_one(self, **changes):
+    self.check_devices(**changes)
+
+  @pytest.mark.slow
+  @parameterized.parameters(
+    dict(), dict(top_k=5, positive='second'), dict(capacity=30)
+  )
+  def test_eight_devices_equal_one_of_others(self, **changes):
+    self.check_devices(**changes)
+
+  def check_devices(self, **changes):
+    """Caches and gradients."""
     params, batches = common.linear_problem(40, 16, 4, num_views=2)
     make = lambda axis_name: _cache(
       40, embedding_size=8, num_shards=8, axis_name=axis_name, **changes

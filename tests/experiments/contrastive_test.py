@@ -94,8 +94,17 @@ class ContrastiveTest(parameterized.TestCase):
       loaded,
     )
 
-  @parameterized.parameters(data_lib.dataset.MEMORY_LIMIT, 1)
+  @parameterized.parameters([1])
   def test_8_devices_equal_1(self, memory_limit):
+    self.check_devices(memory_limit)
+
+  @pytest.mark.slow
+  @parameterized.parameters([data_lib.dataset.MEMORY_LIMIT])
+  def test_8_devices_equal_1_of_others(self, memory_limit):
+    self.check_devices(memory_limit)
+
+  def check_devices(self, memory_limit):
+    """Parameters after a training."""
     settings = dict(
       method='emc2',
       data=_folder(self.folder / 'images'),

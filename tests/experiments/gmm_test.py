@@ -50,6 +50,7 @@ class GmmTest(parameterized.TestCase):
       np.savetxt(path, rows, delimiter=',')
     return str(path)
 
+  @pytest.mark.slow
   def test_every_algorithm_of_generated_data(self):
     with mock.patch.dict(gmm.GENERATED, blobs=(400, 3, 4)):
       results = self._run(components=0, num_passes=8, blocks=2)

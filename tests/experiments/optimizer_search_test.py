@@ -276,6 +276,7 @@ class OptimizerSearchTest(parameterized.TestCase):
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params)]
     self.assertAlmostEqual(sum(sizes) / 124e6, 1, delta=0.01)
 
+  @pytest.mark.slow
   def test_text_of_a_file_is_what_is_learnt(self):
     results = self._run(
       problem='text',

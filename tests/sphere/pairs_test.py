@@ -7,6 +7,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import algorithm, sphere
@@ -396,6 +397,7 @@ class ShardedTest(parameterized.TestCase):
     self.assertEqual(counts.pop('all_reduce'), 1)
     self.assertEqual(set(counts.values()), {0})
 
+  @pytest.mark.slow
   def test_2_processes_equal_1(self):
     path = pathlib.Path(self.create_tempdir().full_path) / 'points.npy'
     processes.run('tests.sphere.spreads_pairs', 2, str(path))

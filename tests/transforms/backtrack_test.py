@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
@@ -332,6 +333,7 @@ class BacktrackTest(parameterized.TestCase):
 
 
 class ShardedTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_lbfgs_equals_one_device(self):
     tx = transforms.backtrack(_lbfgs(3), max_step=0.1)
     points = jnp.asarray(coulomb.uniform(0, 16, 3))

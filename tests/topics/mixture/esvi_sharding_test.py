@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
@@ -92,6 +93,7 @@ class ShardedTest(parameterized.TestCase):
     )
     self.assertEqual(found, ['all-to-all'])
 
+  @pytest.mark.slow
   def test_2_processes_equal_1(self):
     path = pathlib.Path(self.create_tempdir().full_path) / 'state.npz'
     processes.run('tests.topics.mixture.fits_mixture', 2, str(path))
