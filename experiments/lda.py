@@ -66,6 +66,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -589,6 +590,12 @@ def run(config: Config, workdir: epath.Path) -> dict[str, float]:
   """Fits by every algorithm, scores, and shows the topics."""
   names = check(config)
   data = read(config)
+  if config.topics > data.size.num_tokens:
+    logging.warning(
+      'topics=%d are more than the %d tokens.',
+      config.topics,
+      data.size.num_tokens,
+    )
   methods = make_methods(config, names, data)
   summary = {
     'documents': float(data.size.num_documents),

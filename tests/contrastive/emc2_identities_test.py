@@ -113,8 +113,8 @@ class BiasTest(parameterized.TestCase):
     self.assertBetween(long, 0.7 * want, 1.3 * want)
     self.assertBetween(short / long, 1.5, 2.7)
 
-  @pytest.mark.slow
   @parameterized.parameters((4, 0.051), (16, 0.018))
+  @pytest.mark.slow
   def test_resampling_is_unbiased(self, batch_size, want):
     short = _error('EMC2, resampling', batch_size, 500)
     long = _error('EMC2, resampling', batch_size)
@@ -122,11 +122,12 @@ class BiasTest(parameterized.TestCase):
     self.assertBetween(short / long, 1.5, 2.7)
 
   @parameterized.parameters((4, 0.35))
+  @pytest.mark.slow
   def test_11_a_fraction_of_the_bias_of_simclr(self, batch_size, bound):
     self.check_bias(batch_size, bound)
 
-  @pytest.mark.slow
   @parameterized.parameters((16, 0.3))
+  @pytest.mark.slow
   def test_11_a_fraction_of_the_bias_of_simclr_of_others(
     self, batch_size, bound
   ):

@@ -49,21 +49,19 @@ def _train(mesh, num_steps=4, **settings):
 
 
 class ShardedTest(parameterized.TestCase):
-  @parameterized.parameters(
-    {'num_views': 2, 'burn_in': 0.5},
-    {'num_views': None, 'out_of_batch': 'cached', 'embedding_size': 8},
-  )
+  @parameterized.parameters([{'num_views': 2, 'burn_in': 0.5}])
   def test_8_devices_equal_1(self, **settings):
     self.check_devices(**settings)
 
-  @pytest.mark.slow
   @parameterized.parameters(
     {'num_views': None},
     {'num_views': 2, 'out_of_batch': 'drop'},
+    {'num_views': None, 'out_of_batch': 'cached', 'embedding_size': 8},
     {'num_views': 2, 'proposals': 'uniform'},
     {'num_views': None, 'proposals': 'resample'},
     {'num_views': 2, 'released': True},
   )
+  @pytest.mark.slow
   def test_8_devices_equal_1_with_others(self, **settings):
     self.check_devices(**settings)
 
@@ -98,6 +96,7 @@ class ShardedTest(parameterized.TestCase):
     self.assertLessEqual(counts.pop('all-reduce'), 3, found)
     self.assertEmpty(counts)
 
+  @pytest.mark.slow
   def test_2_processes_equal_1(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
     for number in (1, 2):

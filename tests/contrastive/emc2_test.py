@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from jax.extend import random as extend_random
 
@@ -332,6 +333,7 @@ class CapacityTest(parameterized.TestCase):
     return _gradient(method, jax.random.key(2), memory, params, batch)
 
   @parameterized.parameters((2, 8), (None, 4))
+  @pytest.mark.slow
   def test_enough_room_changes_nothing(self, num_views, chains):
     (_, (want, want_info)), want_grads = self._run(None, num_views)
     (_, (after, info)), grads = self._run(chains - 1, num_views)

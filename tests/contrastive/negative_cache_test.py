@@ -276,6 +276,7 @@ class FullCacheTest(parameterized.TestCase):
       atol=1e-6,
     )
 
+  @pytest.mark.slow
   def test_warm_by_chunks(self):
     views = common.clusters(11, 3)
     params, method = common.table(views), _cache(11, num_views=3)
@@ -322,6 +323,7 @@ class FullCacheTest(parameterized.TestCase):
     size = rows.size * rows.dtype.itemsize
     np.testing.assert_allclose(size, itemsize * 10_000 * 512, rtol=0.01)
 
+  @pytest.mark.slow
   def test_bfloat16_cache_draws_alike(self):
     views = common.clusters(20, 3)
     params, losses = common.table(views), []
@@ -457,16 +459,18 @@ class RefusalTest(parameterized.TestCase):
 
 class ShardedCacheTest(parameterized.TestCase):
   @parameterized.parameters(
-    dict(num_views=2, num_negatives=3, refresh_fraction=0.2),
-    dict(capacity=30, num_negatives=2, top_k=9),
+    [dict(num_views=2, num_negatives=3, refresh_fraction=0.2)]
   )
   def test_eight_devices_equal_one(self, **changes):
     self.check_devices(**changes)
 
-  @pytest.mark.slow
   @parameterized.parameters(
-    dict(), dict(top_k=5, positive='second'), dict(capacity=30)
+    dict(),
+    dict(top_k=5, positive='second'),
+    dict(capacity=30),
+    dict(capacity=30, num_negatives=2, top_k=9),
   )
+  @pytest.mark.slow
   def test_eight_devices_equal_one_of_others(self, **changes):
     self.check_devices(**changes)
 

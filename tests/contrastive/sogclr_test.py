@@ -129,8 +129,8 @@ class SogclrTest(parameterized.TestCase):
   def test_stationary_variance(self, gamma):
     self.check_variance(gamma)
 
-  @pytest.mark.slow
   @parameterized.parameters(0.9, 0.1)
+  @pytest.mark.slow
   def test_stationary_variance_of_others(self, gamma):
     self.check_variance(gamma)
 

@@ -495,6 +495,7 @@ class ThomsonTest(parameterized.TestCase):
     self.assertLess(ours[1], 4 * ours[0])
     self.assertGreater(whole[1], 15 * whole[0])
 
+  @pytest.mark.slow
   def test_minima_are_searched_by_as_many_processes_as_cores(self):
     (case,) = [c for c in thomson_bench.cases(True) if 'minima' in c.name]
     with harness.Context(smoke=True) as context:
@@ -516,6 +517,7 @@ class ThomsonTest(parameterized.TestCase):
     self.assertIn('2 of 2 n are within 1e-9', row.note)
     self.assertIn('lower than was known: n = 7 (-2.0e-08)', row.note)
 
+  @pytest.mark.slow
   def test_rows_name_the_share_that_reaches_the_tolerance(self):
     cases = thomson_bench.cases(True)
     (case,) = [c for c in cases if c.name == 'solve: 64 for 4, n=10']

@@ -74,12 +74,12 @@ class ContrastiveTest(parameterized.TestCase):
   def test_loaded_equals_resident(self):
     self.check_loaded(method='emc2', num_views=0)
 
-  @pytest.mark.slow
   @parameterized.parameters(
     {'method': 'emc2', 'num_views': 2},
     {'method': 'emc2_resample', 'num_views': 0},
     {'method': 'negative_cache', 'num_views': 2},
   )
+  @pytest.mark.slow
   def test_loaded_equals_resident_of_others(self, **settings):
     self.check_loaded(**settings)
 
@@ -95,11 +95,12 @@ class ContrastiveTest(parameterized.TestCase):
     )
 
   @parameterized.parameters([1])
+  @pytest.mark.slow
   def test_8_devices_equal_1(self, memory_limit):
     self.check_devices(memory_limit)
 
-  @pytest.mark.slow
   @parameterized.parameters([data_lib.dataset.MEMORY_LIMIT])
+  @pytest.mark.slow
   def test_8_devices_equal_1_of_others(self, memory_limit):
     self.check_devices(memory_limit)
 

@@ -36,6 +36,7 @@ def _counts(num_documents=60, num_words=40, num_topics=3, length=50):
 
 class LatentDirichletAllocationTest(parameterized.TestCase):
   @parameterized.parameters(np.float32, np.float64)
+  @pytest.mark.slow
   def test_equal_topics_score_as_in_sklearn(self, dtype):
     counts = _counts()
     settings = dict(PRIORS, mean_change_tol=1e-6, max_doc_update_iter=1000)

@@ -75,6 +75,7 @@ class OptimizerSearchTest(parameterized.TestCase):
       return names
     return names | {f'{problem}.mada_vs_adam.{metric}' for metric in compared}
 
+  @pytest.mark.slow
   def test_the_worst_start_is_repaired(self):
     results = self._run(
       problem='digits', batch_size=32, num_steps=400, learning_rate=0.03

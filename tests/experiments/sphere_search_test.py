@@ -1,6 +1,7 @@
 """The search against the known minima, closed forms and NumPy."""
 
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2.experiments import sphere_search
@@ -70,6 +71,7 @@ class SphereSearchTest(parameterized.TestCase):
     fine = sphere_search.search(16, **settings)
     self.assertLess(fine.gradient_norm, 1e-10)
 
+  @pytest.mark.slow
   def test_a_search_that_never_reaches_its_target_goes_on_to_hop(self):
     # The starts of this seed miss the minimum in the first round.
     found = sphere_search.search(16, target=0.0, num_chains=2, max_rounds=7)

@@ -111,6 +111,7 @@ class ThomsonTest(parameterized.TestCase):
     (4, 2, 0.0, -4 * np.log(2)),
     (5, 4, 2.0, 10 * 4 / 10),
   )
+  @pytest.mark.slow
   def test_dimension_and_exponent(self, n, k, s, energy):
     results = self._run(n=n, k=k, s=s)
     self.assertAlmostEqual(results['energy'], energy, delta=1e-9)

@@ -134,6 +134,7 @@ class ForwardTest(Float64TestCase):
     self.assertLen(texts, 3)
 
   @parameterized.parameters(1, 130)
+  @pytest.mark.slow
   def test_batches(self, num):
     x = np.stack([sphere(20, 3, seed) for seed in range(num)])
     y = np.stack([sphere(11, 3, seed + 500) for seed in range(num)])
@@ -188,8 +189,8 @@ class DerivativeTest(Float64TestCase):
   def test_against_plain_jax(self, exponent, dim):
     self.check_against_plain_jax(exponent, dim)
 
-  @pytest.mark.slow
   @parameterized.parameters((0.0, 3), (2.0, 2))
+  @pytest.mark.slow
   def test_against_plain_jax_of_others(self, exponent, dim):
     self.check_against_plain_jax(exponent, dim)
 
@@ -212,6 +213,7 @@ class DerivativeTest(Float64TestCase):
     np.testing.assert_allclose(backward(ours), forward(plain), rtol=1e-9)
 
   @parameterized.parameters((1.0, 3))
+  @pytest.mark.slow
   def test_rows_and_columns(self, exponent, block):
     x = sphere(11, 3)
     call = functools.partial(riesz.riesz, exponent=exponent)

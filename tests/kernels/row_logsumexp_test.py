@@ -118,6 +118,7 @@ class ReferenceTest(parameterized.TestCase):
     ('cold', 30, 8, 200.0),
     ('blocks', 1100, 5, 20.0),
   )
+  @pytest.mark.slow
   def test_rows_that_are_all_columns(self, n, d, scale):
     rows, _, position, *rest = args = problem(n, n, d, scale)
     got = gradients(rows, None, position, *rest)

@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
@@ -113,6 +114,7 @@ class RedistributeTest(parameterized.TestCase):
     shape = f'{local}x{num_devices}x{local}x{room // num_blocks}x5xf32'
     self.assertRegex(lowered.as_text(), f'all_to_all.*tensor<{shape}>')
 
+  @pytest.mark.slow
   def test_over_2_processes(self):
     path = pathlib.Path(self.create_tempdir().full_path) / 'rows.npy'
     processes.run('tests.ring.redistributes', 2, str(path))

@@ -72,6 +72,7 @@ class MovesTest(parameterized.TestCase):
       self.assertGreater(len(set(changed.tolist())), 5)
       self.assertLess(int(changed.min()), 15)
 
+  @pytest.mark.slow
   def test_a_turned_cap_keeps_its_shape(self):
     x = sphere.draw_uniform(jax.random.key(0), 30, 3)
     moved = propose(keys(50), x, jnp.eye(4)[3])[0][2]

@@ -148,8 +148,8 @@ class ShardedTest(Float64TestCase):
   def test_8_devices_equal_1(self, axes, exponent):
     self.check_devices(axes, exponent)
 
-  @pytest.mark.slow
   @parameterized.parameters(({'ring': 8}, 1.0), ({'data': 8}, 0.0))
+  @pytest.mark.slow
   def test_8_devices_equal_1_of_others(self, axes, exponent):
     self.check_devices(axes, exponent)
 
@@ -199,6 +199,7 @@ class ShardedTest(Float64TestCase):
     self.assertLess(memory.temp_size_in_bytes, n * n / 64 * 8 / 4)
     self.assertEqual(memory.argument_size_in_bytes, n // 8 * 3 * 8)
 
+  @pytest.mark.slow
   def test_two_processes_equal_one(self):
     path = pathlib.Path(self.create_tempdir().full_path) / 'found.npy'
     processes.run('tests.sphere.sums_energy', 2, str(path))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import algorithm, sphere
@@ -141,6 +142,7 @@ class WideTest(parameterized.TestCase):
 
 class NarrowTest(parameterized.TestCase):
   @parameterized.parameters((2.0, 1.0), (2.0, 4.0))
+  @pytest.mark.slow
   def test_law_of_a_field(self, field, temperature):
     """It is that of von Mises and Fisher, at field / temperature."""
     n, num_steps = 20_000, 300

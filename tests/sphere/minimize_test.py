@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import sphere
@@ -60,6 +61,7 @@ class MinimizeTest(parameterized.TestCase):
     again = jax.vmap(functools.partial(sphere.energy, exponent=exponent))
     np.testing.assert_allclose(again(found.points), found.energy, rtol=1e-13)
 
+  @pytest.mark.slow
   def test_one_start_equals_the_same_among_many(self):
     x = draw(12, 3)
     run = functools.partial(

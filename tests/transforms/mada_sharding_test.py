@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
@@ -96,6 +97,7 @@ class ShardingTest(parameterized.TestCase):
     mesh = _mesh(4, 2)
     self._check(*jax.jit(_in_shard_map(mesh))(*learns_mada.place(mesh)))
 
+  @pytest.mark.slow
   def test_equals_one_process(self):
     path = self.create_tempfile('ends.npz').full_path
     processes.run('tests.transforms.learns_mada', 2, path)

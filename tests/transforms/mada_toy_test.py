@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import transforms
@@ -93,6 +94,7 @@ class ToyTest(parameterized.TestCase):
     ('half', (0.928, 0.994), 0.214),
     ('mada', (0.389, 0.328), 0.156),
   )
+  @pytest.mark.slow
   def test_ends_where_the_specification_says(self, method, xs, regret):
     ends = _ends()[method]
     np.testing.assert_allclose(ends.x, xs, rtol=0, atol=1.1e-3)

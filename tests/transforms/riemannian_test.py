@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import transforms
@@ -313,6 +314,7 @@ class SearchOnSphereTest(Float64TestCase):
       optax.scale_by_backtracking_linesearch(20, store_grad=True),
     ),
   )
+  @pytest.mark.slow
   def test_keeps_what_is_true_where_it_ends(self, map, search):
     points = jnp.asarray(coulomb.uniform(0, 8, 3, dtype=np.float64))
     tx = transforms.riemannian(optax.sgd(0.5), line_search=search, map=map)

@@ -273,6 +273,7 @@ def esvi(
       )
     specs, place = shardings(mesh), jax.sharding.PartitionSpec(mesh_lib.RING)
     everywhere = jax.sharding.PartitionSpec()
+    # Scans start from zeros, which are the same everywhere, and end varying.
     shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
     step_fn = shard(
       functools.partial(step_fn, axis_name=mesh_lib.RING),

@@ -368,6 +368,7 @@ class InitTest(parameterized.TestCase):
 
 
 class LayersTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_remat_changes_nothing(self):
     params, tokens = _params(TINY, std=0.2), _tokens(8)
     loss, grads = _grad_fn(TINY)(params, tokens)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 from flax import nnx
 
@@ -392,6 +393,7 @@ class PresetTest(parameterized.TestCase):
     _Preset('resnet18', (96, 96, 3), 512, 512, 0),
     _Preset('resnet50', (224, 224, 3), 128, 2048, 1),
   )
+  @pytest.mark.slow
   def test_a_step_lowers(self, preset):
     kwargs = dataclasses.asdict(preset)
     pure = _abstract(kwargs.pop('name'), dtype=jnp.bfloat16, **kwargs)
