@@ -13,16 +13,16 @@ file of lda-c or of UCI's bags of words, and `--config.algorithm=` some of
   svi        a batch of documents a step: online LDA
   scvb0      likewise, of CVB0
 
-That command took two to three minutes on two busy CPU cores, most of it to read
-and to compile, and came, with JAX 0.10.2, to
+That command took a minute and a half on two CPU cores, most of it to read and
+to compile, and came, with JAX 0.10.2, to
 
              perplexity   ELBO / 1e6   NPMI    seconds
-  cvb0       544          -2.096       0.238    3.7
-  scvb0      607          -2.344       0.150   11.5
-  svi        659          -2.104       0.140   14.8
-  esvi       892          -2.280       0.161    2.8
-  vi         928          -2.275       0.188    3.4
-  esvi_topk  932          -2.307       0.133   12.4
+  cvb0       544          -2.096       0.238    1.8
+  scvb0      607          -2.344       0.150    7.4
+  svi        659          -2.104       0.140    6.1
+  esvi       892          -2.280       0.161    2.3
+  vi         928          -2.275       0.188    1.5
+  esvi_topk  932          -2.307       0.133    9.6
 
 So CVB0 finds the best topics by far, and sooner. ESVI is ahead of VI after
 equal passes, as its paper says, but both let short documents choose their
