@@ -3,8 +3,8 @@
   python -m emc2.experiments.gmm --workdir=runs/gmm
 
 fits 32 Gaussians to 10,000 generated rows of 16 numbers by every algorithm. It
-takes about a minute on two CPU cores, most of it to compile; all steps together
-take two seconds. That command, with JAX 0.10.2, came to vi.elbo = -167188,
+takes half a minute on two CPU cores, most of it to compile; all steps together
+take one second. That command, with JAX 0.10.2, came to vi.elbo = -167188,
 svi.elbo = -171974, svi_paper.elbo = -241383 and esvi.elbo = -166513.
 `--config.data=toy` takes the size of the paper's toy, 30,000 rows of 128
 numbers and 256 Gaussians, and `--config.data=PATH` a matrix of one row for each

@@ -39,6 +39,7 @@ class NotebooksTest(parameterized.TestCase):
   @parameterized.parameters(*NOTEBOOKS)
   # Of the event loop and the sockets between this process and the kernel.
   @pytest.mark.filterwarnings('ignore')
+  @pytest.mark.slow  # `make notebooks` runs them too.
   def test_runs(self, name):
     notebook = _read(name)
     client = nbclient.NotebookClient(notebook, timeout=600)

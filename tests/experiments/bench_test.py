@@ -321,6 +321,7 @@ class ContrastiveTest(parameterized.TestCase):
       call = contrastive_bench.time_step(after=1, **sizes, **settings)
       call()
 
+  @pytest.mark.slow
   def test_kernels_run(self):
     spec = {'spec': 'toy_500', 'implementation': 'xla'}
     contrastive_bench.time_metropolis(**spec)()

@@ -119,6 +119,7 @@ class ThomsonTest(parameterized.TestCase):
     self.assertNotIn('num_defects', results)
     self.assertGreater((self.folder / 'run/figure.png').stat().st_size, 20_000)
 
+  @pytest.mark.slow
   def test_nothing_is_said_of_what_is_not_known(self):
     results = self._run(n=7, s=1.5, dtype='float32')
     self.assertNotIn('best_known', results)
@@ -284,6 +285,7 @@ class MethodsTest(parameterized.TestCase):
     state, _ = self._scan('pair_sgd', 3, n=n)
     self.assertEqual(state.count, 3 * matchings)
 
+  @pytest.mark.slow
   def test_penalty_leaves_the_sphere_and_multipliers_do_not(self):
     violation = {}
     for name in ('penalty', 'augmented_lagrangian'):

@@ -496,6 +496,7 @@ class GpuKernelTest(parameterized.TestCase):
     (5, 132, 400, 60, False, 'bfloat16'),
     (9, 12, 8, 4, True, 'float32'),
   )
+  @pytest.mark.slow
   def test_interpreted_matches_loop(self, n, c, d, discard, own_steps, dtype):
     args = problem(n, c, d=d, seed=n, dtype=dtype)
     settings = dict(discard=discard, own_steps=own_steps)

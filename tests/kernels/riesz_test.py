@@ -145,6 +145,7 @@ class ForwardTest(Float64TestCase):
         self.assertLess(error(got.potential[i], want[0]), 1e-12)
         self.assertLess(error(got.gradient[i], want[1]), 1e-12)
 
+  @pytest.mark.slow
   def test_vmap_is_one_call_with_a_batch(self):
     x = np.stack([sphere(20, 3, seed) for seed in range(12)])
     call = functools.partial(riesz.riesz, exponent=1.0)
