@@ -1,4 +1,7 @@
-"""Sums by word that fade as those of newer minibatches come in."""
+"""Sums by word that fade as those of newer minibatches come in.
+
+Online methods share them, with the state that they make up.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,6 +9,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from emc2 import mesh as mesh_lib
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -25,6 +30,39 @@ class Fading(NamedTuple):
 
   rows: jax.Array  # (V, K).
   scale: jax.Array  # (), in (0, 1].
+
+
+class State(NamedTuple):
+  """What an online method knows of the topics."""
+
+  words: Fading  # (V, K): tokens by topic, without the prior.
+  totals: jax.Array  # (K,): their sums over all words.
+  count: jax.Array  # (), int32: finished steps.
+
+
+def start(word_sums: jax.typing.ArrayLike) -> State:
+  """The state before the first step, from sums (V, K)."""
+  word_sums = jnp.asarray(word_sums)
+  return State(
+    words=make(word_sums),
+    totals=jnp.sum(word_sums, 0),
+    count=jnp.zeros([], jnp.int32),
+  )
+
+
+def word_sums(state: State) -> jax.Array:
+  """The topics, (V, K): lambda - eta."""
+  return value(state.words)
+
+
+def shardings(mesh: jax.sharding.Mesh) -> State:
+  """How a state lies on a mesh: by word over `fsdp`, where the mesh has it.
+
+  Otherwise everywhere the same. A batch is split over `data`.
+  """
+  spec = jax.sharding.PartitionSpec
+  split = spec(mesh_lib.FSDP) if mesh_lib.FSDP in mesh.shape else spec()
+  return State(words=Fading(split, spec()), totals=spec(), count=spec())
 
 
 def make(table: jax.Array) -> Fading:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from emc2 import algorithm
-from emc2 import mesh as mesh_lib
 from emc2.topics.lda import (
   checks,
   expectations,
@@ -16,13 +15,9 @@ from emc2.topics.lda import (
 )
 from emc2.topics.lda import documents as documents_lib
 
-
-class State(NamedTuple):
-  """Expected tokens of the whole corpus by topic."""
-
-  words: fading.Fading  # (V, K).
-  totals: jax.Array  # (K,): their sums over all words.
-  count: jax.Array  # (), int32: finished steps.
+State = fading.State
+word_sums = fading.word_sums
+shardings = fading.shardings
 
 
 class Info(NamedTuple):
@@ -47,12 +42,7 @@ def init(
     shape = num_words, num_topics
     word_sums = responsibilities.draw(key, shape, concentration, dtype)
     word_sums *= num_tokens / num_words
-  word_sums = jnp.asarray(word_sums)
-  return State(
-    words=fading.make(word_sums),
-    totals=jnp.sum(word_sums, 0),
-    count=jnp.zeros([], jnp.int32),
-  )
+  return fading.start(word_sums)
 
 
 def step(
@@ -127,21 +117,6 @@ def step(
     count=count + 1,
   )
   return state, Info(loss=-logs / found, step_size=rate)
-
-
-def word_sums(state: State) -> jax.Array:
-  """Expected tokens by word and topic, (V, K)."""
-  return fading.value(state.words)
-
-
-def shardings(mesh: jax.sharding.Mesh) -> State:
-  """How a state lies on a mesh: by word over `fsdp`, where the mesh has it.
-
-  Otherwise everywhere the same. A batch is split over `data`.
-  """
-  spec = jax.sharding.PartitionSpec
-  split = spec(mesh_lib.FSDP) if mesh_lib.FSDP in mesh.shape else spec()
-  return State(words=fading.Fading(split, spec()), totals=spec(), count=spec())
 
 
 def scvb0(

@@ -7,17 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from emc2 import algorithm
-from emc2 import mesh as mesh_lib
 from emc2.topics.lda import checks, expectations, fading, inference
 from emc2.topics.lda import documents as documents_lib
 
-
-class State(NamedTuple):
-  """What is known of the topics."""
-
-  words: fading.Fading  # (V, K): lambda - eta.
-  totals: jax.Array  # (K,): their sums over all words.
-  count: jax.Array  # (), int32: finished steps.
+State = fading.State
+word_sums = fading.word_sums
+shardings = fading.shardings
 
 
 class Info(NamedTuple):
@@ -42,12 +37,7 @@ def init(
     shape = num_words, num_topics
     draws = jax.random.gamma(key, concentration, shape) / concentration
     word_sums = draws - jnp.asarray(eta, draws.dtype)
-  word_sums = jnp.asarray(word_sums)
-  return State(
-    words=fading.make(word_sums),
-    totals=jnp.sum(word_sums, 0),
-    count=jnp.zeros([], jnp.int32),
-  )
+  return fading.start(word_sums)
 
 
 def step(
@@ -119,21 +109,6 @@ def step(
   )
   loss = -log_likelihood / (num_tokens + expectations.TINY)
   return state, Info(loss, steps, rate)
-
-
-def word_sums(state: State) -> jax.Array:
-  """The topics, (V, K): lambda - eta."""
-  return fading.value(state.words)
-
-
-def shardings(mesh: jax.sharding.Mesh) -> State:
-  """How a state lies on a mesh: by word over `fsdp`, where the mesh has it.
-
-  Otherwise everywhere the same. A batch is split over `data`.
-  """
-  spec = jax.sharding.PartitionSpec
-  split = spec(mesh_lib.FSDP) if mesh_lib.FSDP in mesh.shape else spec()
-  return State(words=fading.Fading(split, spec()), totals=spec(), count=spec())
 
 
 def svi(
