@@ -23,8 +23,7 @@ import scipy.sparse
 import sklearn.base
 from sklearn.utils import check_random_state, validation
 
-from emc2.topics import lda
-from emc2.topics.lda import checks
+from emc2.topics import checks, lda
 
 LEARNING_METHODS = ('cvb0', 'esvi', 'vi', 'svi')
 

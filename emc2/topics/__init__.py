@@ -4,6 +4,6 @@
 allocation; each has a file per method, whose function bears the file's name.
 """
 
-from emc2.topics import lda, mixture
+from emc2.topics import checks, lda, mixture
 
-__all__ = ['lda', 'mixture']
+__all__ = ['checks', 'lda', 'mixture']

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from emc2 import mesh as mesh_lib
+from emc2.topics import checks
 from emc2.topics.lda import documents as documents_lib
 
 TILE = 512
@@ -149,9 +150,8 @@ def specs() -> Cells:
 
 
 def _check(documents, num_shards, num_blocks, tile, dense_share):
-  for name, value in dict(num_shards=num_shards, tile=tile).items():
-    if value < 1:
-      raise ValueError(f'{name} must be at least 1, got {value}.')
+  checks.check_at_least('num_shards', num_shards, 1)
+  checks.check_at_least('tile', tile, 1)
   if num_blocks < 1 or num_blocks % num_shards:
     raise ValueError(
       f'num_blocks must be a multiple of num_shards={num_shards}, got '

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from emc2 import algorithm, ring
 from emc2 import mesh as mesh_lib
+from emc2.topics import checks
 from emc2.topics.lda import cells as cells_lib
-from emc2.topics.lda import checks, expectations, responsibilities, sweep
+from emc2.topics.lda import expectations, responsibilities, sweep
 
 STORAGES = ('cell', 'phi', 'topk')
 PI_SYNCS = ('rotation', 'epoch')

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from emc2 import mesh as mesh_lib
-from emc2.topics.lda import checks, expectations
+from emc2.topics import checks
 from emc2.topics.lda import documents as documents_lib
+from emc2.topics.lda import expectations
 
 MAX_GATHERED = 1 << 22
 """Numbers of the rows gathered at once: 16 MiB in float32.

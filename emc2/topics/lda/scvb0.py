@@ -6,14 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from emc2 import algorithm
-from emc2.topics.lda import (
-  checks,
-  expectations,
-  fading,
-  responsibilities,
-  sweep,
-)
+from emc2.topics import checks
 from emc2.topics.lda import documents as documents_lib
+from emc2.topics.lda import expectations, fading, responsibilities, sweep
 
 State = fading.State
 word_sums = fading.word_sums

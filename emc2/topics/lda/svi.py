@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from emc2 import algorithm
-from emc2.topics.lda import checks, expectations, fading, inference
+from emc2.topics import checks
 from emc2.topics.lda import documents as documents_lib
+from emc2.topics.lda import expectations, fading, inference
 
 State = fading.State
 word_sums = fading.word_sums

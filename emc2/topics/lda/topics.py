@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from emc2.topics.lda import checks
+from emc2.topics import checks
 from emc2.topics.lda import documents as documents_lib
 
 _DOCUMENTS = 1 << 16

@@ -84,7 +84,7 @@ def gaussian_diagonal(
     ValueError: If an argument is out of its range.
   """
   _check_gaussian(dim, scale, mean_strength)
-  _check_positive('degrees', degrees)
+  check_positive('degrees', degrees)
   mean, center = _center(dim, mean, center)
   shape, rate, beta = degrees / 2, 1 / (2 * scale), mean_strength
 
@@ -258,7 +258,7 @@ def multinomial(dim: int, *, prior: float = 0.01) -> Family:
   """
   if dim < 2:
     raise ValueError(f'dim must be at least 2, got {dim}.')
-  _check_positive('prior', prior)
+  check_positive('prior', prior)
 
   def expectations(statistics):
     # A sum of counts is not below 0; rounding may say otherwise.
@@ -303,11 +303,12 @@ def _center(dim, mean, center):
 def _check_gaussian(dim, scale, mean_strength):
   if dim < 1:
     raise ValueError(f'dim must be at least 1, got {dim}.')
-  _check_positive('scale', scale)
-  _check_positive('mean_strength', mean_strength)
+  check_positive('scale', scale)
+  check_positive('mean_strength', mean_strength)
 
 
-def _check_positive(name, value):
+def check_positive(name: str, value: float) -> None:
+  """Refuses a number that is not finite and above 0."""
   if not (math.isfinite(value) and value > 0):
     raise ValueError(f'{name} must be finite and positive, got {value}.')
 

@@ -53,10 +53,7 @@ def make(
   """
   if num_components < 1:
     raise ValueError(f'num_components must be at least 1, got {num_components}')
-  if not (math.isfinite(concentration) and concentration > 0):
-    raise ValueError(
-      f'concentration must be finite and positive, got {concentration}.'
-    )
+  families.check_positive('concentration', concentration)
   return Model(family, num_components, concentration)
 
 

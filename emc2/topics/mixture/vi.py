@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from emc2 import algorithm
 from emc2 import mesh as mesh_lib
+from emc2.topics import checks
 from emc2.topics.mixture import families
 from emc2.topics.mixture import model as model_lib
 
@@ -110,7 +111,7 @@ def vi(
     (2, 2)
   """
   model_lib.check_several(model)
-  check_at_least('row_batch', row_batch, 1)
+  checks.check_at_least('row_batch', row_batch, 1)
   init_fn = functools.partial(init, model=model, row_batch=row_batch)
   settings = dict(model=model, row_batch=row_batch)
   if mesh is None:
@@ -166,9 +167,3 @@ def start(
       f'z0 must have a row for each of {data.shape[0]}, got {len(z0)}.'
     )
   return jnp.asarray(z0, data.dtype)
-
-
-def check_at_least(name: str, value: int | None, least: int) -> None:
-  """Refuses a number that is given and too small."""
-  if value is not None and value < least:
-    raise ValueError(f'{name} must be at least {least}, got {value}.')

@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 
-def check_at_least(name: str, value: int | float, least: int | float) -> None:
-  """Refuses a number below `least`, NaN and infinity."""
-  if not (math.isfinite(value) and value >= least):
+def check_at_least(
+  name: str, value: int | float | None, least: int | float
+) -> None:
+  """Refuses a number below `least`, NaN and infinity; None is no number."""
+  if value is not None and not (math.isfinite(value) and value >= least):
     raise ValueError(f'{name} must be at least {least}, got {value}.')
 
 
