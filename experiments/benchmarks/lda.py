@@ -235,7 +235,12 @@ def time_pass(*, folder, topics, form):
     cells, layout = lda.cut(documents, dense_share=share, seed=None)
     args = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), cells)
     rows = layout.document_ids.size, layout.word_ids.size
-    fn = lambda *args: sweep.add_up(*args)[:2]
+    no_logs = jnp.zeros(rows[1])
+
+    def fn(weights, others, cell):
+      others = expectations.WordWeights(others, no_logs)
+      return sweep.add_up(weights, others, cell)[:2]
+
     args = (args,)
   elif form == 'plain':
     args = documents.document_ids, documents.word_ids, documents.counts

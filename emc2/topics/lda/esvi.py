@@ -147,13 +147,14 @@ def step(
       documents, block, log_likelihood = carry
       ids, word_ids, counts = tile
       old = unpack(own)
-      phi = sweep.gather(weights, ids) * sweep.gather(others, word_ids)
+      phi = sweep.gather(weights, ids) * sweep.gather(others.scaled, word_ids)
       scores = sweep.row_sums(phi) + expectations.TINY
       own = pack(phi / scores)
       change = counts[:, None] * (unpack(own) - old)
       documents = sweep.scatter_add(documents, ids, change)
       block = sweep.scatter_add(block, word_ids, change)
-      log_likelihood += jnp.sum(counts * jnp.log(scores[:, 0]))
+      logs = jnp.log(scores[:, 0]) + sweep.gather(others.logs, word_ids)
+      log_likelihood += jnp.sum(counts * logs)
       return (documents, block, log_likelihood), own
 
     carry = documents, block, jnp.zeros_like(documents, shape=())

@@ -1,5 +1,7 @@
 """Expectations under Dirichlet distributions, and the bound they give."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.scipy import special
@@ -51,13 +53,31 @@ def document_weights(sums: jax.Array, alpha: jax.typing.ArrayLike) -> jax.Array:
   return exp_digamma(gamma) / exp_digamma(total)
 
 
+class WordWeights(NamedTuple):
+  """Weights of words, and what was taken from those of each."""
+
+  scaled: jax.Array  # (..., K).
+  logs: jax.Array  # (...): of the factor common to a word's topics.
+
+
 def word_weights(
   sums: jax.Array,
   totals: jax.Array,
   eta: jax.typing.ArrayLike,
   num_words: int,
-) -> jax.Array:
-  r""":math:`B_{vk} = e^{\psi(\lambda_{vk}) - \psi(\pi_k)}`.
+) -> WordWeights:
+  r"""Weights :math:`B_{vk} = e^{\psi(\lambda_{vk}) - \psi(\pi_k)}` of words.
+
+  Those of each word are divided by about the largest. With
+  :math:`\psi(x) = \psi(x + 1) - 1 / x` and :math:`\lambda_v^* = \max_k
+  \lambda_{vk}`,
+
+  .. math::
+    B_{vk} \, e^{1 / \lambda_v^*} = e^{\psi(\lambda_{vk} + 1) - \psi(\pi_k)
+      + 1 / \lambda_v^* - 1 / \lambda_{vk}},
+
+  which does not underflow where all topics have some hundredths of a word: one
+  that is rare, or was never seen, is still shared among them.
 
   Args:
     sums: (..., K), :math:`\lambda - \eta`: tokens by topic.
@@ -66,8 +86,13 @@ def word_weights(
     num_words: V.
 
   Returns:
-    (..., K).
+    The weights, and the logarithms of the factors that were left out.
   """
   eta = jnp.asarray(eta, sums.dtype)
+  weights = sums + eta
+  largest = jnp.max(weights, -1, keepdims=True)
   scale = 1 / exp_digamma(totals + num_words * eta)
-  return exp_digamma(sums + eta) * scale.reshape((1,) * (sums.ndim - 1) + (-1,))
+  scale = scale.reshape((1,) * (sums.ndim - 1) + (-1,))
+  scaled = exp_digamma(weights + 1) * scale
+  scaled *= jnp.exp(1 / largest - 1 / weights)
+  return WordWeights(scaled, -1 / largest[..., 0])

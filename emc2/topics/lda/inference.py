@@ -56,8 +56,9 @@ def infer(
 
   Args:
     batch: Documents (batch, width); one without a token gets gamma = alpha.
-    word_weights: B, (V, K), as :func:`word_weights` makes it; a factor common
-      to a word's topics makes no difference.
+    word_weights: B, (V, K), as
+      :func:`~emc2.topics.lda.expectations.word_weights` scales it; a factor
+      common to a word's topics makes no difference.
     alpha: Prior of a document's topics, above 0.
     max_steps: At least 1.
     tolerance: 0 for exactly `max_steps` steps.
@@ -175,44 +176,6 @@ def _ascend(counts, rows, start, *, alpha, max_steps, tolerance):
   carry = jnp.zeros([], jnp.int32), start, start, moving, steps
   _, sums, weights, _, steps = jax.lax.while_loop(is_open, update, carry)
   return Inferred(sums, weights, steps)
-
-
-def word_weights(
-  sums: jax.Array,
-  totals: jax.Array,
-  eta: jax.typing.ArrayLike,
-  num_words: int,
-) -> tuple[jax.Array, jax.Array]:
-  r"""Weights of words, each word's divided by about the largest.
-
-  With :math:`\psi(x) = \psi(x + 1) - 1 / x` and the largest
-  :math:`\lambda_v^* = \max_k \lambda_{vk}` of a word,
-
-  .. math::
-    e^{\psi(\lambda_{vk}) - \psi(\pi_k) + 1 / \lambda_v^*} =
-      e^{\psi(\lambda_{vk} + 1) - \psi(\pi_k)
-        + 1 / \lambda_v^* - 1 / \lambda_{vk}},
-
-  which does not underflow where all topics have :math:`\lambda_{vk} = \eta` of
-  some hundredths: a word that was never seen is still shared among the topics.
-
-  Args:
-    sums: (..., K), :math:`\lambda - \eta`: tokens by topic.
-    totals: (K,), their sums over all words.
-    eta: The prior.
-    num_words: V.
-
-  Returns:
-    (..., K), and the logarithms (...) of the factors that were left out.
-  """
-  eta = jnp.asarray(eta, sums.dtype)
-  weights = sums + eta
-  largest = jnp.max(weights, -1, keepdims=True)
-  scale = 1 / expectations.exp_digamma(totals + num_words * eta)
-  scale = scale.reshape((1,) * (sums.ndim - 1) + (-1,))
-  scaled = expectations.exp_digamma(weights + 1) * scale
-  scaled *= jnp.exp(1 / largest - 1 / weights)
-  return scaled, -1 / largest[..., 0]
 
 
 def gather(table: jax.Array, word_ids: jax.typing.ArrayLike) -> jax.Array:
@@ -355,7 +318,8 @@ def perplexity(
 @jax.jit
 def _word_weights(word_sums, eta):
   totals = jnp.sum(word_sums, 0)
-  return word_weights(word_sums, totals, eta, word_sums.shape[0])[0]
+  found = expectations.word_weights(word_sums, totals, eta, len(word_sums))
+  return found.scaled
 
 
 @jax.jit

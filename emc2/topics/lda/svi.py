@@ -65,7 +65,7 @@ def step(
   counts = jnp.asarray(batch.counts, dtype)
 
   def weigh(word_ids):
-    take = lambda sums: inference.word_weights(sums, totals, eta, num_words)
+    take = lambda sums: expectations.word_weights(sums, totals, eta, num_words)
     # Words that a batch lacks need no weights, unless its pairs are more than
     # there are words.
     if word_ids.size < num_words:

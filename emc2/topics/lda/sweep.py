@@ -26,7 +26,7 @@ class Sums(NamedTuple):
 
 def add_up(
   document_weights: jax.Array,
-  word_weights: jax.Array,
+  word_weights: expectations.WordWeights,
   cell: cells_lib.Cells,
   *,
   implementation: str = 'auto',
@@ -44,7 +44,7 @@ def add_up(
 
   Args:
     document_weights: T, (n_d, K).
-    word_weights: B, (n_v, K).
+    word_weights: B, of n_v words.
     cell: One cell: its leaves lack the axes of shards and blocks.
     implementation: Of :func:`emc2.kernels.topic_tile.topic_tile`, which takes
       the dense words.
@@ -53,41 +53,43 @@ def add_up(
     The sums.
   """
   num_dense = cell.dense.shape[-1]
-  document_weights, word_weights, _ = mesh.vary_alike(
-    document_weights, word_weights, cell.counts
+  document_weights, scaled, word_logs, _ = mesh.vary_alike(
+    document_weights, *word_weights, cell.counts
   )
 
   def visit(carry, tile):
     by_document, by_word, log_likelihood = carry
     documents, words, counts = tile
     weights = gather(document_weights, documents)
-    others = gather(word_weights, words)
+    others = gather(scaled, words)
     scores = row_sums(weights * others) + expectations.TINY
     ratio = counts[:, None] / scores
     by_document = scatter_add(by_document, documents, ratio * others)
     by_word = scatter_add(by_word, words, ratio * weights)
-    log_likelihood += jnp.sum(counts * jnp.log(scores[:, 0]))
+    logs = jnp.log(scores[:, 0]) + gather(word_logs, words)
+    log_likelihood += jnp.sum(counts * logs)
     return (by_document, by_word, log_likelihood), None
 
   carry = (
     jnp.zeros_like(document_weights),
-    jnp.zeros_like(word_weights),
+    jnp.zeros_like(scaled),
     jnp.zeros_like(document_weights, shape=()),
   )
   tiles = cell.documents, cell.words, cell.counts
   by_document, by_word, log_likelihood = jax.lax.scan(visit, carry, tiles)[0]
   by_document *= document_weights
-  by_word *= word_weights
+  by_word *= scaled
   if num_dense:
     head = topic_tile.topic_tile(
       document_weights,
-      word_weights[:num_dense],
+      scaled[:num_dense],
       cell.dense,
       implementation=implementation,
     )
     by_document += head.doc_sums
     by_word = by_word.at[:num_dense].add(head.word_sums)
     log_likelihood += jnp.sum(head.log_likelihood)
+    log_likelihood += jnp.sum(cell.dense * word_logs[None, :num_dense])
   return Sums(by_document, by_word, log_likelihood)
 
 

@@ -149,6 +149,7 @@ class OracleTest(parameterized.TestCase):
       others = lda.expectations.word_weights(
         words.reshape(-1, K), jnp.sum(words, (0, 1)), ETA, V
       )
+      others = others.scaled * jnp.exp(others.logs)[:, None]
       weights, others = np.asarray(weights)[ids], np.asarray(others)[word_ids]
       scores = np.sum(weights * others, 1)
       loss = -np.sum(counts * np.log(scores)) / counts.sum()
@@ -205,6 +206,17 @@ class InvariantTest(parameterized.TestCase):
     got = layout.sort_words(state.words.sum(-1))
     np.testing.assert_allclose(got, counts, atol=1e-8)
     np.testing.assert_allclose(state.totals, state.words.sum((0, 1)), rtol=1e-9)
+
+  @parameterized.parameters('cell', 'phi')
+  def test_many_topics_lose_no_token_in_float32(self, storage):
+    # The weights of a rare word in 512 topics underflow unless scaled.
+    cells, _ = cut(1, 2)
+    method = esvi.esvi(512, V, storage=storage, concentration=100.0)
+    state = method.init(jax.random.key(0), cells)
+    for number in range(3):
+      state, _ = method.step(jax.random.key(number), state, cells)
+    tokens = float(corpora.to_dense(corpus()).sum())
+    np.testing.assert_allclose(float(state.words.sum()), tokens, rtol=1e-4)
 
   @parameterized.parameters('cell', 'topk')
   def test_refreshing_mends_drift(self, storage):

@@ -49,4 +49,5 @@ class WeightsTest(parameterized.TestCase):
         jnp.asarray(sums), jnp.asarray(totals), 0.05, 10
       )
     want = special.digamma(sums + 0.05) - special.digamma(totals + 0.5)
+    got = np.asarray(got.scaled) * np.exp(np.asarray(got.logs))[..., None]
     np.testing.assert_allclose(got, np.exp(want), rtol=1e-10)
