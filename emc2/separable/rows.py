@@ -1,0 +1,169 @@
+"""Sparse rows of features, on the host and padded for a device."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class SparseRows(NamedTuple):
+  """N rows of D features in compressed form, on the host.
+
+  What a `scipy.sparse.csr_array` holds, so :func:`from_csr` takes one.
+  """
+
+  starts: np.ndarray  # (N + 1,), int64: where each row starts.
+  ids: np.ndarray  # (nnz,), int32: features, rising within a row.
+  values: np.ndarray  # (nnz,), float32: finite, not 0.
+  num_features: int  # D.
+
+  @property
+  def num_rows(self) -> int:
+    """N."""
+    return len(self.starts) - 1
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(N, D)."""
+    return self.num_rows, self.num_features
+
+  @property
+  def row_ids(self) -> np.ndarray:
+    """(nnz,), int32: the row of each entry."""
+    ids = np.arange(self.num_rows, dtype=np.int32)
+    return np.repeat(ids, np.diff(self.starts))
+
+  def take(self, rows: np.ndarray) -> 'SparseRows':
+    """Some rows, in the order of their numbers."""
+    lengths = np.diff(self.starts)[rows]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    place = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    place += np.repeat(self.starts[rows], lengths)
+    return SparseRows(
+      starts, self.ids[place], self.values[place], self.num_features
+    )
+
+  def to_dense(self) -> np.ndarray:
+    """(N, D), float32."""
+    dense = np.zeros(self.shape, self.values.dtype)
+    dense[self.row_ids, self.ids] = self.values
+    return dense
+
+
+class PaddedRows(NamedTuple):
+  """Rows of equal width, for a device."""
+
+  ids: Any  # (..., n, width), int32; 0 in the padding.
+  values: Any  # (..., n, width), float32; 0 in the padding.
+
+
+def from_csr(matrix: Any) -> SparseRows:
+  """Takes a sparse matrix in compressed rows.
+
+  Args:
+    matrix: Has `indptr`, `indices`, `data` and `shape` (N, D), as a
+      `scipy.sparse.csr_array` does.
+
+  Returns:
+    The rows, without the zeros of the matrix and with what it lists twice added
+    up.
+
+  Raises:
+    ValueError: If a value is not finite, an index lies outside of its range, or
+      the row pointers do not rise from 0 to the number of values.
+
+  Examples:
+    >>> import types
+    >>> matrix = types.SimpleNamespace(
+    ...     shape=(2, 3), indptr=[0, 2, 3], indices=[2, 0, 1],
+    ...     data=[5.0, 6.0, 7.0])
+    >>> from_csr(matrix).to_dense()
+    array([[6., 0., 5.],
+           [0., 7., 0.]], dtype=float32)
+  """
+  num_rows, num_features = matrix.shape
+  starts = np.asarray(matrix.indptr, np.int64)
+  ids = np.asarray(matrix.indices)
+  values = np.asarray(matrix.data)
+  if len(starts) != num_rows + 1 or len(ids) != len(values):
+    raise ValueError(
+      f'matrix must have {num_rows + 1} row pointers and as many indices as '
+      f'data, got {len(starts)}, {len(ids)} and {len(values)}.'
+    )
+  if starts[0] != 0 or starts[-1] != len(values) or np.any(np.diff(starts) < 0):
+    raise ValueError(
+      f'matrix must have row pointers that rise from 0 to {len(values)}.'
+    )
+  if len(ids) and not 0 <= ids.min() <= ids.max() < num_features:
+    raise ValueError(
+      f'matrix must have features in [0, {num_features}), got {ids.min()} to '
+      f'{ids.max()}.'
+    )
+  rows = np.repeat(np.arange(num_rows), np.diff(starts))
+  check_finite('matrix', values, rows)
+  order = rows * num_features + ids.astype(np.int64)
+  if np.any(np.diff(order) <= 0):
+    order, place = np.unique(order, return_inverse=True)
+    values = np.bincount(place, values)
+    rows, ids = np.divmod(order, num_features)
+  kept = values != 0
+  lengths = np.bincount(rows[kept], minlength=num_rows)
+  return SparseRows(
+    starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    ids=ids[kept].astype(np.int32),
+    values=values[kept].astype(np.float32),
+    num_features=int(num_features),
+  )
+
+
+def from_dense(matrix: np.ndarray) -> SparseRows:
+  """Takes the entries of a matrix (N, D) that are not 0.
+
+  Raises:
+    ValueError: If it is not finite or has not two axes.
+  """
+  matrix = np.asarray(matrix)
+  if matrix.ndim != 2:
+    raise ValueError(f'matrix must have shape (N, D), got {matrix.shape}.')
+  rows, ids = np.nonzero(matrix)
+  values = matrix[rows, ids]
+  check_finite('matrix', values, rows)
+  lengths = np.bincount(rows, minlength=len(matrix))
+  return SparseRows(
+    starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    ids=ids.astype(np.int32),
+    values=values.astype(np.float32),
+    num_features=matrix.shape[1],
+  )
+
+
+def pad(rows: SparseRows, numbers: np.ndarray) -> PaddedRows:
+  """Some rows as wide as the longest of them.
+
+  Args:
+    rows: All rows.
+    numbers: (n,) numbers of rows; -1 makes an empty one.
+
+  Returns:
+    NumPy arrays; the width is at least 1.
+  """
+  numbers = np.asarray(numbers)
+  lengths = np.diff(rows.starts)[numbers] * (numbers >= 0)
+  columns = np.arange(max(1, lengths.max(initial=0)))
+  inside = columns < lengths[:, None]
+  place = (rows.starts[numbers][:, None] + columns)[inside]
+  padded = PaddedRows(
+    np.zeros(inside.shape, np.int32),
+    np.zeros(inside.shape, rows.values.dtype),
+  )
+  padded.ids[inside] = rows.ids[place]
+  padded.values[inside] = rows.values[place]
+  return padded
+
+
+def check_finite(name: str, values: np.ndarray, rows: np.ndarray) -> None:
+  """Refuses NaN and infinity, naming the row of the first."""
+  bad = np.flatnonzero(~np.isfinite(values))
+  if len(bad):
+    raise ValueError(
+      f'{name} must be finite, got {values[bad[0]]} in row {rows[bad[0]]}.'
+    )
