@@ -1,6 +1,18 @@
 """Blocks that travel over the devices while the data stay."""
 
+from emc2.ring import schedules
+from emc2.ring.executors import on_mesh, replay, serial, virtual
 from emc2.ring.redistribute import draw_order, redistribute
-from emc2.ring.rotate import rotate
+from emc2.ring.rotate import Rotation, rotate
 
-__all__ = ['draw_order', 'redistribute', 'rotate']
+__all__ = [
+  'Rotation',
+  'draw_order',
+  'on_mesh',
+  'redistribute',
+  'replay',
+  'rotate',
+  'schedules',
+  'serial',
+  'virtual',
+]

@@ -1,10 +1,27 @@
 """Blocks go round a ring of devices; each device visits every block."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from emc2.ring import schedules
+
+
+class Rotation(NamedTuple):
+  """What a method does while its blocks go round once.
+
+  Attributes:
+    visit: `(resident, own, block, number) -> (resident, own, block)`, as
+      :func:`rotate` takes it.
+    finish: `resident -> resident`, of each worker by itself, after its last
+      visit.
+  """
+
+  visit: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any, Any]]
+  finish: Callable[[Any], Any]
 
 
 def rotate(
@@ -14,6 +31,7 @@ def rotate(
   blocks: Any,
   *,
   axis_name: str | None = None,
+  schedule: schedules.Schedule | None = None,
 ) -> tuple[Any, Any, Any]:
   r"""Takes every block round the ring once, back to where it started.
 
@@ -32,11 +50,15 @@ def rotate(
       device keeps of the block that visits it.
     blocks: Pytree whose leaves have a leading axis of the m blocks that are
       here.
-    axis_name: The mesh axis of the ring, inside `jax.shard_map`; None for a
-      ring of one device.
+    axis_name: The mesh axis of the ring, inside `jax.shard_map`, or an axis of
+      `jax.vmap`; None for a ring of one device.
+    schedule: Another order, for one block on each device.
 
   Returns:
     `resident`, `kept` and `blocks` after B visits.
+
+  Raises:
+    ValueError: If a schedule does not fit.
 
   Examples:
     >>> def visit(total, own, block, number):
@@ -51,6 +73,13 @@ def rotate(
   here = jax.tree.leaves(blocks)[0].shape[0]
   width = 1 if axis_name is None else jax.lax.axis_size(axis_name)
   position = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+  if schedule is not None:
+    if here != 1 or schedule.numbers.shape != (width, width):
+      raise ValueError(
+        f'schedule must be of {width} workers with one block each, got '
+        f'{schedule.numbers.shape[-1]} workers and {here} blocks on each.'
+      )
+    return _follow(visit, resident, kept, blocks, axis_name, schedule)
   overlaps = width > 1 and here > 1
   routes = [(i, (i - 1) % width) for i in range(width)]
 
@@ -91,6 +120,41 @@ def rotate(
   if overlaps:
     blocks = _write(blocks, pass_on(leaving), here - 1)
   return resident, kept, blocks
+
+
+def _follow(visit, resident, kept, blocks, axis_name, schedule):
+  """Takes blocks along the routes of a schedule."""
+  position = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+
+  def send(route, tree):
+    pairs = list(enumerate(route))
+    if all(source == target for source, target in pairs):
+      return tree
+    shift = lambda x: jax.lax.ppermute(x, axis_name, pairs)
+    return jax.tree.map(shift, tree)
+
+  branches = [functools.partial(send, route) for route in schedule.routes]
+
+  def pass_on(block, choice):
+    if len(branches) == 1:
+      return branches[0](block)
+    return jax.lax.switch(choice, branches, block)
+
+  def body(carry, now):
+    resident, kept, block = carry
+    row, choice = now
+    number = row[position]
+    own = _read(kept, number)
+    resident, own, block = visit(resident, own, block, number)
+    kept = _write(kept, own, number)
+    return (resident, kept, pass_on(block, choice)), None
+
+  choices = jnp.asarray(schedule.choices)
+  numbers = jnp.asarray(schedule.numbers)
+  block = pass_on(_read(blocks, 0), choices[0])
+  carry, _ = jax.lax.scan(body, (resident, kept, block), (numbers, choices[1:]))
+  resident, kept, block = carry
+  return resident, kept, jax.tree.map(lambda x: x[None], block)
 
 
 def _read(tree, place):
