@@ -86,13 +86,32 @@ def split(
     >>> train.num_rows, test.num_rows, test.rows.num_features
     (7, 3, 10)
   """
+  parts = split_numbers(examples.num_rows, held_out, seed=seed)
+  return tuple(take(examples, part) for part in parts)
+
+
+def split_numbers(
+  size: int, held_out: float, *, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+  """The numbers below `size` in two parts, drawn at random, each sorted.
+
+  Args:
+    size: At least 2.
+    held_out: The share of the second part, in (0, 1).
+    seed: At least 0.
+
+  Returns:
+    Two arrays of int64.
+
+  Raises:
+    ValueError: If a part is empty.
+  """
   if not 0 < held_out < 1:
     raise ValueError(f'held_out must lie in (0, 1), got {held_out}.')
-  size, num_held_out = examples.num_rows, round(held_out * examples.num_rows)
-  if not 0 < num_held_out < size:
+  count = round(held_out * size)
+  if not 0 < count < size:
     raise ValueError(
       f'held_out must leave a row in each part, got {held_out} of {size} rows.'
     )
   order = np.random.default_rng(seed).permutation(size)
-  parts = np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
-  return take(examples, parts[0]), take(examples, parts[1])
+  return np.sort(order[count:]), np.sort(order[:count])
