@@ -1,0 +1,303 @@
+"""Threads and queues against a list of visits."""
+
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+
+from emc2 import ring
+from emc2.ring import threads
+from emc2.ring import worker as worker_lib
+
+
+def gather(resident, own, block, number):
+  """Order matters to all, and to the last bit."""
+  x, seen = resident
+  score = jnp.sum(jnp.exp(jnp.tanh(x + block)))
+  weight = 1 / (3 + number.astype(score.dtype))
+  return (x, seen + weight * score), own / 3 + score, block * 0.9 + score / 7
+
+
+def scatter(resident, own, block, number):
+  x, seen = resident
+  x = x * 0.7 + jnp.sin(block + own)
+  return (
+    (x, seen),
+    own * seen,
+    block - jnp.sum(x) / (2 + number.astype(x.dtype)),
+  )
+
+
+ROTATIONS = (
+  ring.Rotation(gather, lambda resident: (resident[0], resident[1] / 3)),
+  ring.Rotation(scatter, lambda resident: (resident[0], resident[1] * 0 + 1)),
+)
+
+
+def loops(width, here, rotations, start, num_passes):
+  """The same visits one by one, in NumPy."""
+  (x, seen), kept, blocks = jax.tree.map(np.array, start)
+  total = width * here
+  for _ in range(num_passes):
+    for rotation in rotations:
+      for t in range(total):
+        for p in range(width):
+          q = (here * p + t) % total
+          if rotation.visit is gather:
+            score = np.exp(np.tanh(x[p] + blocks[q])).sum()
+            seen[p] += score / (3 + q)
+            kept[p, q] = kept[p, q] / 3 + score
+            blocks[q] = blocks[q] * 0.9 + score / 7
+          else:
+            x[p] = x[p] * 0.7 + np.sin(blocks[q] + kept[p, q])
+            kept[p, q] *= seen[p]
+            blocks[q] -= x[p].sum() / (2 + q)
+      seen = seen / 3 if rotation.visit is gather else np.ones_like(seen)
+  return (x, seen), kept, blocks
+
+
+def draw(width, here, seed=0):
+  rng = np.random.default_rng(seed)
+  x, seen = rng.normal(size=(width, 5)), rng.normal(size=width)
+  kept = rng.normal(size=(width, width * here))
+  return (x, seen), kept, rng.normal(size=(width * here, 5))
+
+
+def plain(resident, own, block, number):
+  return resident + block, own, 2 * block + number.astype(block.dtype)
+
+
+PLAIN = (ring.Rotation(plain, lambda resident: resident),)
+
+
+def after(predicate):
+  """Whether it comes true."""
+  for _ in range(2_000):
+    if predicate():
+      return True
+    time.sleep(5e-3)
+  return False
+
+
+class ThreadsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (4, 3), (8, 3)
+  )
+  def test_equals_loops(self, width, here):
+    start = draw(width, here)
+    want = loops(width, here, ROTATIONS, start, 2)
+    pauses = np.random.default_rng(1).exponential(
+      2e-3, (width, 4 * width * here)
+    )
+    devices = jax.devices()[:width]
+    with jax.enable_x64(True):
+      found = threads.run(ROTATIONS, *start, devices=devices, num_passes=2)
+      delayed = threads.run(
+        ROTATIONS,
+        *start,
+        devices=devices,
+        num_passes=2,
+        delay=lambda worker, count: pauses[worker, count],
+      )
+      for leaf, x in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+        self.assertEqual(leaf.dtype, jnp.float64)
+        self.assertEqual(leaf.sharding.device_set, set(devices))
+        np.testing.assert_allclose(leaf, x, rtol=1e-12, atol=1e-12)
+      jax.tree.map(np.testing.assert_array_equal, found, delayed)
+
+  def test_pass_after_pass_on_its_own_results(self):
+    start = draw(2, 2)
+    want = loops(2, 2, ROTATIONS, start, 2)
+    devices = jax.devices()[:2]
+    with jax.enable_x64(True), jax.transfer_guard('disallow'):
+      found = jax.device_put(start, devices[0])
+      given = jax.tree.map(np.array, found)
+      state = found
+      for _ in range(2):
+        state = threads.run(ROTATIONS, *state, devices=devices)
+      unmoved = threads.run(ROTATIONS, *start, devices=devices, num_passes=0)
+    check = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12)
+    jax.tree.map(check, state, want)
+    jax.tree.map(np.testing.assert_array_equal, unmoved, start)
+    # The arrays that came in are the caller's still.
+    jax.tree.map(np.testing.assert_array_equal, found, given)
+
+  def test_one_device_for_all_and_keys_in_the_resident(self):
+    def visit(resident, own, block, number):
+      key = jax.random.fold_in(resident, number)
+      return resident, own, block + jax.random.normal(key, block.shape)
+
+    rotations = [ring.Rotation(visit, lambda key: jax.random.fold_in(key, 7))]
+    keys = jax.random.split(jax.random.key(0), 2)
+    found, kept, blocks = threads.run(
+      rotations, keys, (), jnp.zeros((4, 3)), devices=jax.devices()[:1] * 2
+    )
+    want = jax.vmap(lambda key: jax.random.fold_in(key, 7))(keys)
+    np.testing.assert_array_equal(
+      jax.random.key_data(found), jax.random.key_data(want)
+    )
+    self.assertEqual(kept, ())
+    spread = threads.run(
+      rotations, keys, (), jnp.zeros((4, 3)), devices=jax.devices()[:2]
+    )
+    np.testing.assert_array_equal(
+      jax.random.key_data(spread[0]), jax.random.key_data(want)
+    )
+    np.testing.assert_array_equal(spread[2], blocks)
+    self.assertEqual(len(np.unique(blocks)), 12)
+
+  @parameterized.parameters((4, 1), (4, 2))
+  def test_no_one_waits_but_for_blocks(self, width, here):
+    reached = [0] * width
+    # While worker 0 sleeps, what it holds is all that the others lack.
+    want = [0] + [(width - p) * here for p in range(1, width)]
+    arrived = []
+
+    def delay(worker, count):
+      if worker == count == 0:
+        arrived.append(after(lambda: reached == want))
+        time.sleep(0.05)
+        arrived.append(list(reached))
+      reached[worker] = count + 1
+      return 0
+
+    zeros = jnp.zeros(width * here)
+    devices = jax.devices()[:1] * width
+    threads.run(PLAIN, zeros[:width], (), zeros, devices=devices, delay=delay)
+    self.assertEqual(arrived, [True, want])
+    self.assertEqual(reached, [width * here] * width)
+
+  @parameterized.parameters(1, 3)
+  def test_has_no_more_than_ahead_visits_under_way(self, ahead):
+    events = []
+
+    class Mark:
+      def __init__(self, number):
+        self.number = number
+
+      def block_until_ready(self):
+        events.append(('done', self.number))
+
+    def dispatch(visit, resident, own, block, number):
+      events.append(('dispatched', int(number)))
+      return resident, own, block, Mark(int(number))
+
+    with mock.patch.object(worker_lib, '_visit', dispatch):
+      worker_lib.work(
+        PLAIN,
+        (),
+        [()] * 6,
+        worker=0,
+        here=6,
+        num_passes=1,
+        ahead=ahead,
+        device=jax.devices()[0],
+        pause=lambda count: None,
+        take=lambda count: (count, ()),
+        send=lambda count, number, block: None,
+      )
+    want = [('dispatched', i) for i in range(ahead)]
+    for i in range(ahead, 6):
+      want += [('done', i - ahead), ('dispatched', i)]
+    want += [('done', i) for i in range(6 - ahead, 6)]
+    self.assertEqual(events, want)
+
+  def test_delays(self):
+    def seconds(delay):
+      start = time.monotonic()
+      devices = jax.devices()[:1]
+      threads.run(
+        PLAIN, jnp.zeros(1), (), jnp.zeros(5), devices=devices, delay=delay
+      )
+      return time.monotonic() - start
+
+    seconds(None)
+    self.assertGreater(seconds(lambda worker, count: 0.1), 0.5)
+
+  def test_names_the_worker_that_fails_on_the_host(self):
+    def delay(worker, count):
+      if (worker, count) == (2, 5):
+        raise OSError('no more')
+      return 0
+
+    with self.assertRaisesRegex(
+      RuntimeError, 'worker 2 failed at its visit 5, of block 1: no more'
+    ):
+      zeros = jnp.zeros(8)
+      threads.run(
+        PLAIN,
+        zeros[:4],
+        (),
+        zeros,
+        devices=jax.devices()[:4],
+        num_passes=50,
+        delay=delay,
+      )
+
+  def test_names_the_worker_that_fails_on_its_device(self):
+    def fail(worker, number):
+      if (worker, number) == (1, 4):
+        raise OSError('no more')
+      return np.float32(0)
+
+    def visit(resident, own, block, number):
+      shape = jax.ShapeDtypeStruct((), jnp.float32)
+      zero = jax.pure_callback(fail, shape, resident, number)
+      return resident, own, block + zero
+
+    rotations = [ring.Rotation(visit, lambda resident: resident)]
+    with self.assertRaisesRegex(
+      RuntimeError, '(?s)worker 1 failed at its visit 2, of block 4: .*no more'
+    ):
+      threads.run(
+        rotations,
+        jnp.arange(3),
+        (),
+        jnp.zeros(6),
+        devices=jax.devices()[:3],
+        num_passes=4,
+        ahead=4,
+      )
+
+  @parameterized.parameters(
+    ({'num_devices': 3}, 'devices must be 2'),
+    ({'num_devices': 1}, 'devices must be 2'),
+    ({'num_blocks': 3}, 'blocks must be a multiple of the 2'),
+    ({'kept': (2, 3)}, 'kept must have leading axes'),
+    ({'num_passes': -1}, 'num_passes must be at least 0'),
+    ({'ahead': 0}, 'ahead must be at least 1'),
+    ({'rotations': ()}, 'rotations must hold'),
+  )
+  def test_refuses(self, change, match):
+    given = {'num_devices': 2, 'num_blocks': 4, 'kept': (2, 4)} | change
+    devices = jax.devices()[: given.pop('num_devices')]
+    blocks, kept = jnp.zeros(given.pop('num_blocks')), given.pop('kept')
+    rotations = given.pop('rotations', PLAIN)
+    with self.assertRaisesRegex(ValueError, match):
+      threads.run(
+        rotations,
+        jnp.zeros(2),
+        jnp.zeros(kept),
+        blocks,
+        devices=devices,
+        **given,
+      )
+
+  def test_refuses_functions_that_change_a_type(self):
+    same = lambda x: x
+    longer = lambda r, o, b, n: (r, o, jnp.stack([b, b]))
+    for rotation, match in (
+      (ring.Rotation(longer, same), 'visit must keep shapes'),
+      (ring.Rotation(plain, lambda r: r > 0), 'finish must keep shapes'),
+    ):
+      with self.assertRaisesRegex(ValueError, match):
+        threads.run(
+          [rotation],
+          jnp.zeros(1),
+          (),
+          jnp.zeros(2),
+          devices=jax.devices()[:1],
+        )
