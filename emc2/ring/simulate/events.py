@@ -37,8 +37,8 @@ def route(
 
   A worker takes what has waited longest. After the visit it sends the block to
   its neighbour p - 1 (`ring`), to any worker, itself included (`uniform`), or
-  to the less loaded of two such (`two_choice`), where the load is what waits
-  there or is on its way. Its link sends one message after the other, as in
+  to the less loaded of two such (`two_choice`); the load is what waits there,
+  is worked on or on its way. Its link sends one message after the other, as in
   :func:`ring`, whose times routing by ring gives. A float64 loop on the host,
   of a few microseconds for each visit.
 
@@ -116,7 +116,6 @@ def route(
   while True:
     for p in waiting:
       q = queues[p].popleft()
-      load[p] -= 1
       working[p] = q
       end = now + mean[p][q if by_block else 0] * draws[began]
       start[began], finish[began], worker[began], block[began] = now, end, p, q
@@ -133,6 +132,7 @@ def route(
     now, _, p, q = pop(events)
     if q < 0:
       q, working[p] = working[p], -1
+      load[p] -= 1
       if first is None:
         target = p - 1 if p else num_workers - 1
       else:

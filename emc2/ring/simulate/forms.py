@@ -64,7 +64,7 @@ def step_time(
   checks.times(compute=compute, latency=latency, occupancy=occupancy)
   checks.counts(slots=slots)
   trip = (np.asarray(compute) + latency + occupancy) / np.asarray(slots)
-  return np.maximum(np.maximum(compute, occupancy), trip)
+  return np.asarray(np.maximum(np.maximum(compute, occupancy), trip))
 
 
 def bulk_efficiency(

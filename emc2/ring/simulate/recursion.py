@@ -129,7 +129,7 @@ def ring(
       invert = lambda x: jnp.zeros_like(x).at[x].set(workers)
       source = invert(number)[following]
       target = invert(source)
-    draw = _draw(jax.random.fold_in(key, t), num_workers, cv, dtype)
+    draw = _draw(key, t, num_workers, cv, dtype)
     cost = _pick(mean, workers, number) * draw
     free = jnp.maximum(free, arrivals[t % slots]) + cost
     leaves = host != host[target]
@@ -198,7 +198,7 @@ def bulk_synchronous(
   workers = jnp.arange(num_workers, dtype=jnp.int32)
 
   def body(carry, t):
-    draw = _draw(jax.random.fold_in(key, t), num_workers, cv, mean.dtype)
+    draw = _draw(key, t, num_workers, cv, mean.dtype)
     cost = _pick(mean, workers, (workers * slots + t) % total) * draw
     return carry, (jnp.max(cost), jnp.mean(cost))
 
@@ -231,10 +231,11 @@ def _pick(mean, workers, number):
   return mean[row, number if mean.shape[1] > 1 else 0]
 
 
-def _draw(key, num, cv, dtype):
-  """(num,): random times of mean 1."""
+def _draw(key, t, num, cv, dtype):
+  """(num,): the random times of visit t, of mean 1."""
   if cv == 0:
     return jnp.ones(num, dtype)
+  key = jax.random.fold_in(key, t)
   shape = cv**-2.0
   stages = round(shape)
   if stages <= _MOST_STAGES and abs(shape - stages) < 1e-6 * shape:
