@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from emc2 import mesh as mesh_lib
 from emc2.ring import executors
@@ -97,10 +96,12 @@ def run(
   queues = [queue.SimpleQueue() for _ in devices]
   starts = []
   for worker, device in enumerate(devices):
-    own = [_entry(kept, device, worker, q) for q in range(width * here)]
-    starts.append((_entry(residents, device, worker), own))
+    own = [
+      worker_lib.entry(kept, device, worker, q) for q in range(width * here)
+    ]
+    starts.append((worker_lib.entry(residents, device, worker), own))
     for number in range(worker * here, (worker + 1) * here):
-      queues[worker].put((number, _entry(blocks, device, number)))
+      queues[worker].put((number, worker_lib.entry(blocks, device, number)))
 
   stopped = threading.Event()
   # A thread has none of the settings that its starter made for itself alone.
@@ -171,40 +172,12 @@ def run(
       f'worker {worker} failed at its visit {count}, of block '
       f'{failure.number}: {failure.error}'
     ) from failure.error
+  stack = worker_lib.stack
   ends = [task.result() for task in tasks]
-  home = [[each.get()[1] for _ in range(here)] for each in queues]
-  residents = _join([_stack([resident]) for resident, _ in ends], devices)
-  kept = _join([_stack([_stack(own)]) for _, own in ends], devices)
-  return residents, kept, _join([_stack(each) for each in home], devices)
-
-
-def _entry(tree, device, *place):
-  """One entry of the leading axes of all leaves, in memory of its own."""
-
-  def take(leaf):
-    if not isinstance(leaf, jax.Array):
-      return jax.device_put(leaf[place], device, may_alias=False)
-    index, at = place, None
-    for shard in leaf.addressable_shards:  # The worker's own, if split so.
-      first, last, _ = shard.index[0].indices(leaf.shape[0])
-      whole = shard.data.shape[1:] == leaf.shape[1:]
-      if whole and first <= place[0] < last:
-        leaf, index = shard.data, (place[0] - first, *place[1:])
-        at = shard.device
-        break
-    index = jax.device_put(np.asarray(index, np.int32), at)
-    return jax.device_put(_take(leaf, index), device)
-
-  return jax.tree.map(take, tree)
-
-
-@jax.jit
-def _take(leaf, index):
-  return leaf[tuple(index)]
-
-
-def _stack(trees):
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+  residents = [stack([resident]) for resident, _ in ends]
+  kept = [stack([stack(own)]) for _, own in ends]
+  blocks = [stack([each.get()[1] for _ in range(here)]) for each in queues]
+  return tuple(_join(trees, devices) for trees in (residents, kept, blocks))
 
 
 def _join(trees, devices):

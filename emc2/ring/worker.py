@@ -155,8 +155,38 @@ def check(
       )
 
 
+def entry(tree: Any, device: jax.Device, *place: int) -> Any:
+  """One entry of the leading axes of all leaves, in memory of its own."""
+
+  def take(leaf):
+    if not place or not isinstance(leaf, jax.Array):
+      return jax.device_put(leaf[place], device, may_alias=False)
+    index, at = place, None
+    for shard in leaf.addressable_shards:  # The worker's own, if split so.
+      first, last, _ = shard.index[0].indices(leaf.shape[0])
+      whole = shard.data.shape[1:] == leaf.shape[1:]
+      if whole and first <= place[0] < last:
+        leaf, index = shard.data, (place[0] - first, *place[1:])
+        at = shard.device
+        break
+    index = jax.device_put(np.asarray(index, np.int32), at)
+    return jax.device_put(_take(leaf, index), device)
+
+  return jax.tree.map(take, tree)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+  """Joins trees on a new leading axis of all leaves."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 def _describe(leaf):
   return f'{leaf.dtype}{list(leaf.shape)}'
+
+
+@jax.jit
+def _take(leaf, index):
+  return leaf[tuple(index)]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))

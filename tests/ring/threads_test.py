@@ -6,64 +6,14 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import ring
 from emc2.ring import threads
 from emc2.ring import worker as worker_lib
 
-
-def gather(resident, own, block, number):
-  """Order matters to all, and to the last bit."""
-  x, seen = resident
-  score = jnp.sum(jnp.exp(jnp.tanh(x + block)))
-  weight = 1 / (3 + number.astype(score.dtype))
-  return (x, seen + weight * score), own / 3 + score, block * 0.9 + score / 7
-
-
-def scatter(resident, own, block, number):
-  x, seen = resident
-  x = x * 0.7 + jnp.sin(block + own)
-  return (
-    (x, seen),
-    own * seen,
-    block - jnp.sum(x) / (2 + number.astype(x.dtype)),
-  )
-
-
-ROTATIONS = (
-  ring.Rotation(gather, lambda resident: (resident[0], resident[1] / 3)),
-  ring.Rotation(scatter, lambda resident: (resident[0], resident[1] * 0 + 1)),
-)
-
-
-def loops(width, here, rotations, start, num_passes):
-  """The same visits one by one, in NumPy."""
-  (x, seen), kept, blocks = jax.tree.map(np.array, start)
-  total = width * here
-  for _ in range(num_passes):
-    for rotation in rotations:
-      for t in range(total):
-        for p in range(width):
-          q = (here * p + t) % total
-          if rotation.visit is gather:
-            score = np.exp(np.tanh(x[p] + blocks[q])).sum()
-            seen[p] += score / (3 + q)
-            kept[p, q] = kept[p, q] / 3 + score
-            blocks[q] = blocks[q] * 0.9 + score / 7
-          else:
-            x[p] = x[p] * 0.7 + np.sin(blocks[q] + kept[p, q])
-            kept[p, q] *= seen[p]
-            blocks[q] -= x[p].sum() / (2 + q)
-      seen = seen / 3 if rotation.visit is gather else np.ones_like(seen)
-  return (x, seen), kept, blocks
-
-
-def draw(width, here, seed=0):
-  rng = np.random.default_rng(seed)
-  x, seen = rng.normal(size=(width, 5)), rng.normal(size=width)
-  kept = rng.normal(size=(width, width * here))
-  return (x, seen), kept, rng.normal(size=(width * here, 5))
+from tests.ring import rotations as rotations_lib
 
 
 def plain(resident, own, block, number):
@@ -83,20 +33,32 @@ def after(predicate):
 
 
 class ThreadsTest(parameterized.TestCase):
-  @parameterized.parameters(
-    (1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (4, 3), (8, 3)
-  )
+  @parameterized.parameters((1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 3))
   def test_equals_loops(self, width, here):
-    start = draw(width, here)
-    want = loops(width, here, ROTATIONS, start, 2)
+    self._check(width, here, jax.devices()[:width])
+
+  @parameterized.parameters((8, 1), (8, 3))
+  def test_equals_loops_with_few_devices(self, width, here):
+    self._check(width, here, jax.devices()[:2] * (width // 2))
+
+  @parameterized.parameters((8, 1), (8, 3))
+  @pytest.mark.slow
+  def test_equals_loops_with_8_devices(self, width, here):
+    self._check(width, here, jax.devices())
+
+  def _check(self, width, here, devices):
+    start = rotations_lib.draw(width, here)
+    want = rotations_lib.loops(width, here, rotations_lib.ROTATIONS, start, 2)
     pauses = np.random.default_rng(1).exponential(
       2e-3, (width, 4 * width * here)
     )
-    devices = jax.devices()[:width]
+    places = set(devices) if len(set(devices)) == width else {devices[0]}
     with jax.enable_x64(True):
-      found = threads.run(ROTATIONS, *start, devices=devices, num_passes=2)
+      found = threads.run(
+        rotations_lib.ROTATIONS, *start, devices=devices, num_passes=2
+      )
       delayed = threads.run(
-        ROTATIONS,
+        rotations_lib.ROTATIONS,
         *start,
         devices=devices,
         num_passes=2,
@@ -104,21 +66,23 @@ class ThreadsTest(parameterized.TestCase):
       )
       for leaf, x in zip(*map(jax.tree.leaves, (found, want)), strict=True):
         self.assertEqual(leaf.dtype, jnp.float64)
-        self.assertEqual(leaf.sharding.device_set, set(devices))
+        self.assertEqual(leaf.sharding.device_set, places)
         np.testing.assert_allclose(leaf, x, rtol=1e-12, atol=1e-12)
       jax.tree.map(np.testing.assert_array_equal, found, delayed)
 
   def test_pass_after_pass_on_its_own_results(self):
-    start = draw(2, 2)
-    want = loops(2, 2, ROTATIONS, start, 2)
+    start = rotations_lib.draw(2, 2)
+    want = rotations_lib.loops(2, 2, rotations_lib.ROTATIONS, start, 2)
     devices = jax.devices()[:2]
     with jax.enable_x64(True), jax.transfer_guard('disallow'):
       found = jax.device_put(start, devices[0])
       given = jax.tree.map(np.array, found)
       state = found
       for _ in range(2):
-        state = threads.run(ROTATIONS, *state, devices=devices)
-      unmoved = threads.run(ROTATIONS, *start, devices=devices, num_passes=0)
+        state = threads.run(rotations_lib.ROTATIONS, *state, devices=devices)
+      unmoved = threads.run(
+        rotations_lib.ROTATIONS, *start, devices=devices, num_passes=0
+      )
     check = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12)
     jax.tree.map(check, state, want)
     jax.tree.map(np.testing.assert_array_equal, unmoved, start)
@@ -204,6 +168,26 @@ class ThreadsTest(parameterized.TestCase):
       want += [('done', i - ahead), ('dispatched', i)]
     want += [('done', i) for i in range(6 - ahead, 6)]
     self.assertEqual(events, want)
+
+  def test_uses_the_memory_of_the_resident_again(self):
+    device = jax.devices()[1]
+    resident = worker_lib.entry(np.arange(1000.0, dtype='float32'), device)
+    place = resident.unsafe_buffer_pointer()
+    queue = [worker_lib.entry(np.float32(i), device) for i in range(3)]
+    resident, _ = worker_lib.work(
+      PLAIN,
+      resident,
+      [()] * 3,
+      worker=0,
+      here=3,
+      num_passes=2,
+      ahead=2,
+      device=device,
+      pause=lambda count: None,
+      take=lambda count: (count % 3, queue[count % 3]),
+      send=lambda count, number, block: queue.__setitem__(number, block),
+    )
+    self.assertEqual(resident.unsafe_buffer_pointer(), place)
 
   def test_delays(self):
     def seconds(delay):
