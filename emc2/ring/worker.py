@@ -159,8 +159,10 @@ def entry(tree: Any, device: jax.Device, *place: int) -> Any:
   """One entry of the leading axes of all leaves, in memory of its own."""
 
   def take(leaf):
-    if not place or not isinstance(leaf, jax.Array):
-      return jax.device_put(leaf[place], device, may_alias=False)
+    if not isinstance(leaf, jax.Array):
+      return jax.device_put(np.array(leaf[place]), device)
+    if not place:
+      return jax.device_put(jnp.copy(leaf), device)
     index, at = place, None
     for shard in leaf.addressable_shards:  # The worker's own, if split so.
       first, last, _ = shard.index[0].indices(leaf.shape[0])

@@ -76,6 +76,27 @@ class ProcessesTest(parameterized.TestCase):
     self.assertEqual(found[2].devices(), {jax.devices()[3]})
     self.assertEqual(delays, [(0, count) for count in range(4 * here)])
 
+  def test_arrays_that_come_in_are_the_callers_still(self):
+    def visit(key, own, block, number):
+      return jax.random.fold_in(key, number), own + 1, block * 2
+
+    rotation = ring.Rotation(visit, lambda key: key)
+    given = jax.random.key(0), jnp.arange(3.0), jnp.ones((3, 2))
+    found = processes_lib.run([rotation], *given)
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(
+      jax.random.key_data(given[0]), jax.random.key_data(key)
+    )
+    np.testing.assert_array_equal(given[1], np.arange(3))
+    np.testing.assert_array_equal(given[2], np.ones((3, 2)))
+    for number in range(3):
+      key = jax.random.fold_in(key, number)
+    np.testing.assert_array_equal(
+      jax.random.key_data(found[0]), jax.random.key_data(key)
+    )
+    np.testing.assert_array_equal(found[1], np.arange(3) + 1)
+    np.testing.assert_array_equal(found[2], np.full((3, 2), 2))
+
   @parameterized.parameters(
     ({'kept': (4,)}, 'kept must have a leading axis of 3'),
     ({'blocks': (0,)}, 'blocks must have one leading axis'),

@@ -171,7 +171,7 @@ class ThreadsTest(parameterized.TestCase):
 
   def test_uses_the_memory_of_the_resident_again(self):
     device = jax.devices()[1]
-    resident = worker_lib.entry(np.arange(1000.0, dtype='float32'), device)
+    resident = worker_lib.entry(jnp.zeros((1, 1000)), device, 0)
     place = resident.unsafe_buffer_pointer()
     queue = [worker_lib.entry(np.float32(i), device) for i in range(3)]
     resident, _ = worker_lib.work(
