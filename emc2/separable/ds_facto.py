@@ -5,6 +5,7 @@ to each other, the sums of each row over all of them, is added up anew while
 they do.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -25,7 +26,9 @@ MODES = ('fused', 'two_pass', 'incremental', 'jacobi')
 RIDGES = ('all', 'active')
 
 EXPLODED = 10.0
-"""Growth of the loss in one pass from which a run counts as diverged."""
+"""Growth of the loss over its lowest from which a run counts as diverged."""
+
+_SHORT = 16
 
 
 class Block(NamedTuple):
@@ -42,20 +45,20 @@ class State(NamedTuple):
   blocks: Block
   bias: jax.Array  # (): w_0.
   sums: jax.Array  # (P, S, B, K): a = sum_d v_d x_d of each row.
-  scores: jax.Array  # (P, S, B): r + |a|^2 / 2, the score without the bias.
+  rest: jax.Array  # (P, S, B): r, the score less w_0 and |a|^2 / 2.
+  lowest: jax.Array  # (): the lowest loss so far.
   count: jax.Array  # (), int32: finished passes.
 
 
 class Info(NamedTuple):
   """What a reader may log of one pass.
 
-  The losses are those that the workers know, from their sums: exact but for the
-  lag of the modes 'fused' and 'incremental'.
+  The loss is what the workers know from their sums: exact but for the lag of
+  the modes 'fused' and 'incremental'.
   """
 
-  loss: jax.Array  # (): mean over rows after the pass, before the bias' step.
-  before: jax.Array  # (): likewise, when the pass began.
-  diverged: jax.Array  # (), bool: not finite, or grown `EXPLODED` times.
+  loss: jax.Array  # (): mean over rows when the pass began, without the ridge.
+  diverged: jax.Array  # (), bool: not finite, or `EXPLODED` times the lowest.
 
 
 class Params(NamedTuple):
@@ -74,9 +77,9 @@ class Resident(NamedTuple):
   bias: jax.Array  # ().
   multipliers: jax.Array  # (S, B): G, the slope of the loss in the score.
   sums: jax.Array  # (S, B, K).
-  scores: jax.Array  # (S, B).
+  rest: jax.Array  # (S, B).
   next_sums: jax.Array  # (S, B, K): what the blocks of this pass add up to.
-  next_rest: jax.Array  # (S, B): likewise; r, the score less |a|^2 / 2.
+  next_rest: jax.Array  # (S, B): likewise.
   count: jax.Array  # (), int32: finished passes.
 
 
@@ -130,11 +133,13 @@ def init(
     blocks=Block(linear, factors, inner),
     bias=jnp.asarray(bias, dtype),
     sums=sums,
-    scores=jnp.zeros_like(cells.labels),
+    rest=jnp.zeros(cells.labels.shape, dtype),
+    lowest=jnp.asarray(jnp.inf, dtype),
     count=jnp.zeros([], jnp.int32),
   )
-  collect = ring.Rotation(_accumulate_only(settings), _swap(settings))
-  found = _run((collect,), *to_ring(state, cells, settings), mesh)
+  visit = _accumulate_only(settings)
+  parts = (ring.Rotation(visit, _swap),)
+  found = _run(parts, *to_ring(state, cells, settings), mesh)
   return from_ring(state, found[0], found[2])._replace(count=state.count)
 
 
@@ -149,23 +154,22 @@ def step(
 ) -> tuple[State, Info]:
   """One pass: all blocks go round, once or twice; see :func:`ds_facto`."""
   del key
-  parts = _parts(settings)
-  found = _run(parts, *to_ring(state, cells, settings), mesh)
-  new = from_ring(state, found[0], found[2])
-
-  def add_up(scores):
-    losses, slopes = _losses(settings.loss, scores + state.bias, cells.labels)
-    add = lambda x: jnp.sum(cells.present * x, axis=(1, 2))
-    return add(losses), add(slopes)
-
-  # By workers first, so that one collective adds up all three.
-  totals = jnp.stack([add_up(state.scores)[0], *add_up(new.scores)], axis=1)
-  before, loss, slope = jnp.sum(totals, axis=0) / cells.num_rows[0]
+  scores = _scores(state.sums, state.rest)
+  losses, slopes = _losses(settings.loss, scores + state.bias, cells.labels)
+  add = lambda x: jnp.sum(cells.present * x, axis=(1, 2))
+  # By workers first, so that one collective adds up both.
+  totals = jnp.stack([add(losses), add(slopes)], axis=1)
+  loss, slope = jnp.sum(totals, axis=0) / cells.num_rows[0]
+  bias = state.bias
   if fit_bias:
-    size = jnp.asarray(_step_size(settings, state.count), slope.dtype)
-    new = new._replace(bias=state.bias - size * slope)
-  diverged = ~jnp.isfinite(loss) | (loss > EXPLODED * before)
-  return new, Info(loss=loss, before=before, diverged=diverged)
+    bias -= jnp.asarray(_step_size(settings, state.count), bias.dtype) * slope
+  parts = _parts(settings, _swap)
+  given = to_ring(state._replace(bias=bias), cells, settings)
+  residents, _, blocks = _run(parts, *given, mesh)
+  new = from_ring(state, residents, blocks)
+  new = new._replace(bias=bias, lowest=jnp.minimum(state.lowest, loss))
+  diverged = ~jnp.isfinite(loss) | (loss > EXPLODED * state.lowest)
+  return new, Info(loss=loss, diverged=diverged)
 
 
 def shardings() -> State:
@@ -175,7 +179,8 @@ def shardings() -> State:
     blocks=spec(mesh_lib.RING),
     bias=spec(),
     sums=spec(mesh_lib.RING),
-    scores=spec(mesh_lib.RING),
+    rest=spec(mesh_lib.RING),
+    lowest=spec(),
     count=spec(),
   )
 
@@ -221,8 +226,8 @@ def ds_facto(
 
   once for each of the S batches of a worker's rows, and the sums of the next
   pass are added up on the way, with what the blocks have become. Nothing is
-  reduced over the workers but, once a pass, the slope in the bias and the
-  losses, three numbers. A step takes the :class:`~emc2.separable.fm_cells.
+  reduced over the workers but, as a pass begins, the loss and its slope in the
+  bias, two numbers, by which the bias moves. A step takes the :class:`~emc2.separable.fm_cells.
   Cells` of the data, which say P, Q and S.
 
   The sums lag behind the features. Modes differ in how:
@@ -245,12 +250,13 @@ def ds_facto(
     `jacobi` needs :math:`\eta \kappa < 2`. `incremental` bears more, for it
     sees its own steps; so does the logistic loss, whose slopes are bounded. An
     `inner` transformation has bounds of its own. `Info.diverged` tells of a
-    pass after which the loss is not finite, or grew tenfold: such a run is
-    over.
+    pass that began with a loss that is not finite, or ten times the lowest:
+    such a run is over.
 
   .. note::
     The specification's blocks go to worker p + 1 and ours to p - 1, which is
-    the same ring in a mirror. `jacobi` is not in the paper: it is full-batch
+    the same ring in a mirror; it moves the bias as a pass ends, and we as the
+    next one begins, where the scores are known anyway. `jacobi` is not in the paper: it is full-batch
     descent on the objective, the same for every P, and exchanges the parameters
     and their gradients.
 
@@ -291,8 +297,8 @@ def ds_facto(
     >>> method = ds_facto(6, 2)
     >>> state = method.init(jax.random.key(0), cells)
     >>> state, info = method.step(jax.random.key(1), state, cells)
-    >>> bool(info.loss < info.before)
-    True
+    >>> float(info.loss), bool(info.diverged)
+    (1.45..., False)
 
   References:
     Raman, Vishwanathan, `DS-FACTO: Doubly Separable Factorization Machines
@@ -385,7 +391,13 @@ def rotations(
     inner,
     implementation,
   )
-  return _parts(settings), lambda state, cells: to_ring(state, cells, settings)
+
+  def finish(resident):
+    resident = _swap(resident)
+    return resident._replace(multipliers=_multipliers(settings, resident))
+
+  to_global = lambda state, cells: to_ring(state, cells, settings)
+  return _parts(settings, finish), to_global
 
 
 def to_ring(
@@ -396,18 +408,19 @@ def to_ring(
   spread = lambda x: jnp.broadcast_to(x, (width,))
   owners = jnp.arange(total, dtype=jnp.int32) // (total // width)
   workers = jnp.arange(width, dtype=jnp.int32)
-  slopes = _losses(settings.loss, state.scores + state.bias, cells.labels)[1]
   residents = Resident(
     cells=cells._replace(feature_ids=()),
     home=workers[:, None] == owners[None],
     bias=spread(state.bias),
-    multipliers=cells.present * slopes,
+    multipliers=jnp.zeros_like(state.rest),
     sums=state.sums,
-    scores=state.scores,
+    rest=state.rest,
     next_sums=jnp.zeros_like(state.sums),
-    next_rest=jnp.zeros_like(state.scores),
+    next_rest=jnp.zeros_like(state.rest),
     count=spread(state.count),
   )
+  multipliers = jax.vmap(functools.partial(_multipliers, settings))(residents)
+  residents = residents._replace(multipliers=multipliers)
   blocks = state.blocks
   if settings.mode == 'jacobi':
     blocks = blocks, jax.tree.map(jnp.zeros_like, blocks[:2])
@@ -420,7 +433,8 @@ def from_ring(state: State, residents: Resident, blocks: Any) -> State:
     blocks=blocks if isinstance(blocks, Block) else blocks[0],
     bias=state.bias,
     sums=residents.sums,
-    scores=residents.scores,
+    rest=residents.rest,
+    lowest=state.lowest,
     count=residents.count[0],
   )
 
@@ -597,6 +611,18 @@ def _losses(loss, scores, labels):
   return jax.nn.softplus(margins), -labels * jax.nn.sigmoid(margins)
 
 
+def _scores(sums, rest):
+  """Scores without the bias."""
+  return rest + 0.5 * _square(sums)
+
+
+def _multipliers(settings, resident):
+  """The slopes of the rows of a worker; 0 in the padding."""
+  cells = resident.cells
+  scores = _scores(resident.sums, resident.rest) + resident.bias
+  return cells.present * _losses(settings.loss, scores, cells.labels)[1]
+
+
 def _step_size(settings, count):
   """Of a pass."""
   size = settings.step_size
@@ -618,9 +644,9 @@ def _fold(body, carry, batches):
 
 def _gradients(settings, block, cell, multipliers, sums, size):
   """Mean gradient of a batch of `size` rows, with the ridge."""
-  pulls = fm_visit.gradient(
+  linear, factors = fm_visit.gradient(
     cell,
-    multipliers,
+    multipliers / size,
     sums,
     block.factors,
     implementation=settings.implementation,
@@ -628,11 +654,10 @@ def _gradients(settings, block, cell, multipliers, sums, size):
   shares = 1.0
   if settings.ridge == 'active':
     shares = fm_visit.count(cell, block.linear.shape[0]) / size
-  linear = pulls[0] / size + settings.ridge_linear * (shares * block.linear)
+  linear += settings.ridge_linear * (shares * block.linear)
   if settings.ridge == 'active':
     shares = shares[:, None]
-  ridge = settings.ridge_factors * (shares * block.factors)
-  return linear, pulls[1] / size + ridge
+  return linear, factors + settings.ridge_factors * (shares * block.factors)
 
 
 def _move(settings, block, gradients, count):
@@ -670,8 +695,13 @@ def _added(settings, resident, linear, squares, factors, number):
   return sums.reshape(resident.sums.shape), rest.reshape(shape)
 
 
-def _square(factors):
-  return jnp.sum(factors * factors, axis=1)
+def _square(x):
+  """Squared lengths of rows, (..., K) to (...)."""
+  if x.shape[-1] > _SHORT:
+    return jnp.sum(x * x, axis=-1)
+  # Short rows are faster added up by columns.
+  squares = [jnp.square(x[..., k]) for k in range(x.shape[-1])]
+  return sum(squares, jnp.zeros_like(x, shape=x.shape[:-1]))
 
 
 def _update(settings, resident, block, number):
@@ -694,16 +724,17 @@ def _update_and_follow(settings, resident, block, number):
   cells = resident.cells
 
   def body(carry, batch):
-    block, sums, scores = carry
+    block, sums, rest = carry
     cell, labels, present, index = batch
-    own_sums, own_scores = _read((sums, scores), index)
-    slopes = _losses(settings.loss, own_scores + resident.bias, labels)[1]
+    own_sums, own_rest = _read((sums, rest), index)
+    scores = _scores(own_sums, own_rest) + resident.bias
+    slopes = _losses(settings.loss, scores, labels)[1]
     size = jnp.maximum(jnp.sum(present), 1)
     gradients = _gradients(
       settings, block, cell, present * slopes, own_sums, size
     )
     new = _move(settings, block, gradients, resident.count)
-    change, rest = _added(
+    sums_change, rest_change = _added(
       settings,
       resident,
       new.linear - block.linear,
@@ -711,14 +742,13 @@ def _update_and_follow(settings, resident, block, number):
       new.factors - block.factors,
       number,
     )
-    scores = scores + rest + jnp.sum(change * (sums + 0.5 * change), axis=-1)
-    return new, sums + change, scores
+    return new, sums + sums_change, rest + rest_change
 
   index = jnp.arange(cells.labels.shape[0], dtype=jnp.int32)
   batches = _read(cells.by_feature, number), cells.labels, cells.present, index
-  carry = block, resident.sums, resident.scores
-  block, sums, scores = _fold(body, carry, batches)
-  return resident._replace(sums=sums, scores=scores), block
+  carry = block, resident.sums, resident.rest
+  block, sums, rest = _fold(body, carry, batches)
+  return resident._replace(sums=sums, rest=rest), block
 
 
 def _pull(settings, resident, block, gradients, number):
@@ -756,28 +786,20 @@ def _accumulate_only(settings):
   return visit
 
 
-def _swap(settings):
+def _swap(resident):
   """The sums that were added up take the place of the old."""
-
-  def finish(resident):
-    cells, sums = resident.cells, resident.next_sums
-    scores = resident.next_rest + 0.5 * jnp.sum(sums * sums, axis=-1)
-    slopes = _losses(settings.loss, scores + resident.bias, cells.labels)[1]
-    return resident._replace(
-      multipliers=cells.present * slopes,
-      sums=sums,
-      scores=scores,
-      next_sums=jnp.zeros_like(sums),
-      next_rest=jnp.zeros_like(scores),
-      count=resident.count + 1,
-    )
-
-  return finish
+  return resident._replace(
+    sums=resident.next_sums,
+    rest=resident.next_rest,
+    next_sums=jnp.zeros_like(resident.sums),
+    next_rest=jnp.zeros_like(resident.rest),
+    count=resident.count + 1,
+  )
 
 
-def _parts(settings):
-  """The rotations of a pass."""
-  swap, stay = _swap(settings), lambda resident: resident
+def _parts(settings, finish):
+  """The rotations of a pass, the last of which ends with `finish`."""
+  stay = lambda resident: resident
 
   def update(resident, own, block, number):
     return resident, own, _update(settings, resident, block, number)
@@ -806,13 +828,13 @@ def _parts(settings):
     return resident, own, (block, gradients)
 
   visits = {
-    'fused': (ring.Rotation(update_and_add, swap),),
+    'fused': (ring.Rotation(update_and_add, finish),),
     'two_pass': (
       ring.Rotation(update, stay),
-      ring.Rotation(_accumulate_only(settings), swap),
+      ring.Rotation(_accumulate_only(settings), finish),
     ),
-    'incremental': (ring.Rotation(follow_and_add, swap),),
-    'jacobi': (ring.Rotation(pull, stay), ring.Rotation(move_and_add, swap)),
+    'incremental': (ring.Rotation(follow_and_add, finish),),
+    'jacobi': (ring.Rotation(pull, stay), ring.Rotation(move_and_add, finish)),
   }
   return visits[settings.mode]
 

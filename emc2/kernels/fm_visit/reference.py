@@ -28,7 +28,32 @@ def _matmul(x, y):
 
 
 def _take(table, ids):
-  return table.at[ids].get(mode='promise_in_bounds')
+  """Rows of a table by ids (C,) that are in it; none is counted from its end."""
+  dimensions = jax.lax.GatherDimensionNumbers(
+    offset_dims=tuple(range(1, table.ndim)),
+    collapsed_slice_dims=(0,),
+    start_index_map=(0,),
+  )
+  return jax.lax.gather(
+    table,
+    ids[:, None],
+    dimensions,
+    (1, *table.shape[1:]),
+    mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+  )
+
+
+def _store(x, ids):
+  """The same, written to memory before it is gathered from.
+
+  XLA for CPUs fuses what makes a table into its gathers, so that an entry would
+  be made anew whenever it is read; an optimization barrier does not outlive the
+  passes before that. A loop that never runs does, since no id is below 0.
+  """
+  never = jnp.minimum(ids[0, 0], 0)
+  return jax.lax.fori_loop(
+    0, never, lambda _, x: jax.tree.map(jnp.negative, x), x
+  )
 
 
 def _deal(sums, bags, num_owners):
@@ -43,10 +68,17 @@ def _deal(sums, bags, num_owners):
 
 def _add_rows(table, ids, weights):
   """Sums of weighted rows, (C, T) to (C, K)."""
-  terms = [
-    weights[:, t, None] * _take(table, ids[:, t]) for t in range(ids.shape[1])
-  ]
+  return _add(
+    [weights[:, t, None] * _take(table, ids[:, t]) for t in range(ids.shape[1])]
+  )
+
+
+def _add(terms):
   return sum(terms[1:], terms[0])
+
+
+def _columns(x):
+  return [x[:, t] for t in range(x.shape[1])]
 
 
 def gradient(
@@ -59,12 +91,13 @@ def gradient(
   num_features, rank = factors.shape
   if isinstance(cell, Bags):
     # Of each entry: x G, for the factors and the linear weights.
-    weights = cell.values * _take(multipliers, cell.ids)
-    linear = jnp.sum(weights, axis=1)
-    squares = jnp.sum(cell.values * weights, axis=1)
-    linear, squares = _deal(
-      jnp.stack([linear, squares], axis=1), cell, num_features
-    ).T
+    multipliers = _store(multipliers, cell.ids)
+    weights = _take(multipliers, cell.ids.reshape(-1)).reshape(cell.ids.shape)
+    weights = cell.values * weights
+    linear = _add(_columns(weights))
+    squares = _add(_columns(cell.values * weights))
+    linear = _deal(linear, cell, num_features)
+    squares = _deal(squares, cell, num_features)
     if not rank:
       return linear, jnp.zeros_like(factors)
     pulled = _deal(_add_rows(sums, cell.ids, weights), cell, num_features)
@@ -87,8 +120,10 @@ def accumulate(
   rank = factors.shape[1]
   squares = 0.5 * squares
   if isinstance(cell, Bags):
-    terms = _take(linear, cell.ids) - cell.values * _take(squares, cell.ids)
-    rest = _deal(jnp.sum(cell.values * terms, axis=1), cell, num_rows)
+    linear, squares, factors = _store((linear, squares, factors), cell.ids)
+    columns = zip(_columns(cell.ids), _columns(cell.values), strict=True)
+    terms = [x * (_take(linear, d) - x * _take(squares, d)) for d, x in columns]
+    rest = _deal(_add(terms), cell, num_rows)
     if not rank:
       return jnp.zeros_like(factors, shape=(num_rows, 0)), rest
     sums = _deal(_add_rows(factors, cell.ids, cell.values), cell, num_rows)
