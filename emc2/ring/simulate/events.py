@@ -65,7 +65,7 @@ def route(
   Examples:
     >>> trace = route(np.random.default_rng(0), 2, 4)
     >>> trace.worker.tolist(), trace.block.tolist()
-    ([0, 1, 0, 1], [0, 1, 1, 0])
+    ([0, 1, 1, 0], [0, 1, 0, 1])
 
   References:
     Yun, Yu, Hsieh, Vishwanathan, Dhillon, `NOMAD
