@@ -81,14 +81,28 @@ def run(
       to process, or a block holds typed keys.
     RuntimeError: If a worker fails, dies or hangs; the message names it.
 
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from emc2 import ring
+    >>> def visit(total, own, block, number):
+    ...   return total + block, block, 2 * block
+    >>> rotation = ring.Rotation(visit, lambda total: total)
+    >>> total, kept, blocks = run(
+    ...     [rotation], jnp.float32(0), jnp.zeros(2), jnp.array([1.0, 10.0]))
+    >>> total, blocks
+    (Array(11., dtype=float32), Array([ 2., 20.], dtype=float32))
+
   References:
     Yun et al., NOMAD: Non-locking, stOchastic Multi-machine algorithm for
     Asynchronous and Decentralized matrix completion, 2014,
     https://arxiv.org/abs/1312.0193
   """
+  prefix = f'emc2/ring/{next(_runs)}'  # Of its own for each run.
   width, worker = jax.process_count(), jax.process_index()
   device = jax.local_devices()[0] if device is None else device
   here = _check_axes(kept, blocks, width)
+  if timeout <= 0:
+    raise ValueError(f'timeout must be positive, got {timeout}.')
   one = lambda tree: jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], tree))
   block = one(blocks)
   worker_lib.check(
@@ -123,7 +137,7 @@ def run(
   try:
     if width > 1:
       terms = f'{here} blocks, {len(rotations)} rotations, {num_passes} passes'
-      links = _Links(block, device, host, timeout, terms)
+      links = _Links(prefix, block, device, host, timeout, terms)
     resident, own = worker_lib.work(
       rotations,
       resident,
@@ -165,7 +179,7 @@ class _Links:
   addresses at the start, and what ends the run.
   """
 
-  def __init__(self, block, device, host, timeout, terms):
+  def __init__(self, prefix, block, device, host, timeout, terms):
     """Opens them; `block` has the shapes and types of what comes."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -194,7 +208,7 @@ class _Links:
         f'({error}); {_INSTEAD}.'
       ) from error
     self._store = distributed.global_state.client
-    self._prefix = f'emc2/ring/{next(_runs)}'
+    self._prefix = prefix
     self._looked = time.monotonic()
     self._put(f'address/{self._worker}', f'{self._server.address()} {terms}')
     self._wait(
@@ -247,9 +261,13 @@ class _Links:
     """Ends the run of all by a message, or by one that came before it."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # There is one.
       self._put('failure', message)
-    return self._get('failure')
+    return self._get('failure') or message
 
   def _broke(self, error):
+    # One that failed says so itself; one that died cannot.
+    limit = time.monotonic() + 1
+    while not self._get('failure') and time.monotonic() < limit:
+      time.sleep(0.05)
     message = f'process {self._after} died: {error}'
     raise worker_lib.Stopped(self.tell(message)) from error
 

@@ -11,6 +11,7 @@ from absl.testing import parameterized
 
 from emc2 import ring
 from emc2.ring import processes as processes_lib
+from emc2.ring import worker as worker_lib
 
 from tests import processes
 from tests.ring import rotations
@@ -60,7 +61,8 @@ class ProcessesTest(parameterized.TestCase):
     (x, seen), kept, blocks = start = rotations.draw(1, here)
     want = rotations.loops(1, here, rotations.ROTATIONS, start, 2)
     delays = []
-    with jax.enable_x64(True):
+    watched = mock.patch.object(worker_lib, 'work', wraps=worker_lib.work)
+    with jax.enable_x64(True), watched as work:
       found = processes_lib.run(
         rotations.ROTATIONS,
         (x[0], seen[0]),
@@ -69,7 +71,9 @@ class ProcessesTest(parameterized.TestCase):
         num_passes=2,
         delay=lambda worker, count: delays.append((worker, count)) or 0.0,
         device=jax.devices()[3],
+        ahead=3,
       )
+    self.assertEqual(work.call_args.kwargs['ahead'], 3)
     found = *jax.tree.map(lambda x: x[None], found[:2]), found[2]
     check = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12)
     jax.tree.map(check, found, want)
@@ -102,6 +106,7 @@ class ProcessesTest(parameterized.TestCase):
     ({'blocks': (0,)}, 'blocks must have one leading axis'),
     ({'num_passes': -1}, 'num_passes must be at least 0'),
     ({'ahead': 0}, 'ahead must be at least 1'),
+    ({'timeout': 0.0}, 'timeout must be positive'),
   )
   def test_refuses(self, change, match):
     given = {'kept': (3,), 'blocks': (3,)} | change
@@ -112,7 +117,9 @@ class ProcessesTest(parameterized.TestCase):
 
   def test_names_what_to_take_where_nothing_can_be_sent(self):
     same = ring.Rotation(lambda r, o, b, n: (r, o, b), lambda r: r)
-    run = lambda blocks: processes_lib.run([same], jnp.zeros(()), (), blocks)
+    run = lambda blocks: processes_lib.run(
+      [same], jnp.zeros(()), (), blocks, host='10.0.0.7'
+    )
     lacks = mock.Mock()
     lacks.start_transfer_server.side_effect = jax.errors.JaxRuntimeError('no')
     with mock.patch.object(jax, 'process_count', lambda: 2):
@@ -122,5 +129,8 @@ class ProcessesTest(parameterized.TestCase):
           self.assertRaisesRegex(NotImplementedError, 'emc2.ring.on_mesh'),
         ):
           run(jnp.zeros(2))
+      lacks.start_transfer_server.assert_called_once_with(
+        jax.devices()[0].client, '10.0.0.7:0', ['10.0.0.7:0']
+      )
       with self.assertRaisesRegex(NotImplementedError, 'no typed keys'):
         run(jax.random.split(jax.random.key(0), 2))

@@ -129,8 +129,18 @@ class ThreadsTest(parameterized.TestCase):
       return 0
 
     zeros = jnp.zeros(width * here)
-    devices = jax.devices()[:1] * width
-    threads.run(PLAIN, zeros[:width], (), zeros, devices=devices, delay=delay)
+    watched = mock.patch.object(worker_lib, 'work', wraps=worker_lib.work)
+    with watched as work:
+      threads.run(
+        PLAIN,
+        zeros[:width],
+        (),
+        zeros,
+        devices=jax.devices()[:1] * width,
+        delay=delay,
+        ahead=5,
+      )
+    self.assertEqual(work.call_args.kwargs['ahead'], 5)
     self.assertEqual(arrived, [True, want])
     self.assertEqual(reached, [width * here] * width)
 
