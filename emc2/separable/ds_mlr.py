@@ -1,0 +1,486 @@
+r"""Multinomial logistic regression on a ring: DS-MLR.
+
+Rows stay with their workers, blocks of classes go round. An auxiliary scalar of
+each row stands for its normaliser over all classes; with it the loss is a sum
+over pairs of a row and a class.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from emc2 import algorithm, ring
+from emc2 import mesh as mesh_lib
+from emc2.kernels import softmax_block
+from emc2.kernels.softmax_block import reference as kernel
+from emc2.separable import mlr_cells, sliced
+
+REFRESHES = ('fused', 'two_pass', 'floor', 'table', 'sgd')
+
+
+class State(NamedTuple):
+  """Weights by blocks of classes, and the normalisers of rows."""
+
+  weights: jax.Array  # (Q, D, K / Q).
+  inner: Any  # Leaves (Q, ...): the inner transformation's state of each block.
+  normalizers: jax.Array  # (P, m, n): u = -b.
+  table: Any  # (P, Q, m, n): of each block, for `refresh='table'`; else ().
+  count: jax.Array  # (), int32: finished passes.
+
+
+class Info(NamedTuple):
+  """What a reader may log of one pass.
+
+  The loss is of the weights as the pass added them up: exact after `two_pass`
+  and on one worker; else blocks have moved since by up to P - 1 visits.
+  """
+
+  loss: jax.Array  # (): objective (1), the ridge included.
+
+
+class Settings(NamedTuple):
+  """What visits need to know; see :func:`ds_mlr`."""
+
+  num_classes: int
+  ridge: jax.typing.ArrayLike
+  refresh: str
+  step_size: Any
+  inner: Any
+  shuffle: bool
+
+
+class Resident(NamedTuple):
+  """What stays on a worker; outside, leaves have a leading axis of workers."""
+
+  batch: mlr_cells.Batch  # Without `classes`.
+  sizes: jax.Array  # (Q,), int32: how many classes of a block are no padding.
+  key: jax.Array  # Of this worker.
+  count: jax.Array  # (), int32: finished passes.
+  normalizers: jax.Array  # (m, n): u.
+  known: jax.Array  # (m, n): what the last pass added up to.
+  table: Any  # (Q, m, n): of each block, or ().
+  known_scores: jax.Array  # (m, n): likewise, the scores of labels.
+  sums: jax.Array  # (m, n): log-sum-exp of the blocks of this pass so far.
+  label_scores: jax.Array  # (m, n): scores of labels, of those so far.
+
+
+def inverse_sqrt(
+  step_size: float = 1.0, decay: float = 0.5
+) -> Callable[[jax.Array], jax.Array]:
+  r"""The schedule :math:`\eta_t = \eta_0 / (1 + t)^d` of passes t.
+
+  Examples:
+    >>> inverse_sqrt(2.0)(jnp.int32(3))
+    Array(1., dtype=float32)
+  """
+
+  def schedule(count):
+    return step_size / (1 + count.astype(float)) ** decay
+
+  return schedule
+
+
+def ds_mlr(
+  num_classes: int,
+  *,
+  ridge: jax.typing.ArrayLike,
+  refresh: str = 'fused',
+  step_size: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 1.0,
+  inner: Any = None,
+  shuffle: bool = True,
+  mesh: jax.sharding.Mesh | None = None,
+  schedule: ring.schedules.Schedule | None = None,
+) -> algorithm.Algorithm:
+  r"""Softmax regression whose classes travel while rows stay.
+
+  For N rows :math:`x_i` of labels :math:`y_i`, the objective is
+
+  .. math::
+    L(W) = \frac\lambda2 \|W\|^2 + \frac1N \sum_i \Big(
+      \log \sum_k e^{\langle w_k, x_i \rangle} - \langle w_{y_i}, x_i \rangle
+      \Big) = \min_u F(W, u),
+
+  where :math:`F` has :math:`u_i + \sum_k e^{\langle w_k, x_i \rangle - u_i} -
+  1` for the logarithm, and is thus a sum over pairs (i, k). A visit of a block
+  of classes on a worker takes, for each of its m minibatches B, a step
+
+  .. math::
+    w_k \leftarrow w_k - \eta_t \Big( \lambda w_k + \frac1{|B|} \sum_{i \in B}
+      \left(e^{\langle w_k, x_i \rangle - u_i} - [y_i = k]\right) x_i \Big),
+
+  and a step of the algorithm is a pass: each block visits each worker once. On
+  the way each worker adds up :math:`\log \sum_k e^{\langle w_k, x_i \rangle}`
+  of its rows, which becomes :math:`u_i`.
+
+  It takes the :class:`~emc2.separable.mlr_cells.Batch` of
+  :func:`~emc2.separable.mlr_cells.split`, which says P, Q and m.
+
+  .. note::
+    Steps with a frozen normaliser diverge, within a pass, where
+    :math:`\eta m P` is too large: scores rise and the normaliser does not. The
+    modes `floor` and `table` cannot. The paper's own step takes one pair of a
+    row and a class, K times as far; ours takes a block's, whose mean over
+    minibatches is the same gradient. Blocks go to worker p - 1, the
+    specification's to p + 1: the same ring in a mirror.
+
+  Args:
+    num_classes: K.
+    ridge: lambda, on the scale of the mean loss, at least 0; 1 / (C N) of
+      scikit-learn's C.
+    refresh: How :math:`u` follows. `'fused'`: frozen, from the scores that the
+      last pass added up on its way. `'two_pass'`: frozen and exact, by a second
+      rotation. `'floor'`: as fused, and at least that of the visiting block.
+      `'table'`: the last known part of each block is kept, 4 N Q bytes, and the
+      visiting block's is always fresh; the only one that is right where blocks
+      do not come in the order of a ring. `'sgd'`: by a gradient step, too, as
+      the paper's pairs would; slow, and may overflow.
+    step_size: eta, or a function of the finished passes; without `inner`.
+    inner: An `optax.GradientTransformation` that takes the gradient of a block
+      and its weights (D, K / Q) instead of the plain step. Its state travels
+      with the block.
+    shuffle: Whether minibatches come in random order.
+    mesh: Has the axis `ring` of P devices; None for P virtual workers on one.
+    schedule: Another order of blocks, where there is one on each worker.
+
+  Returns:
+    `init(key, batch)` and `step(key, state, batch)`.
+
+  Raises:
+    ValueError: If an argument breaks its rule.
+
+  References:
+    Raman, Srinivasan, Matsushima, Zhang, Yun, Vishwanathan, `Scaling
+    Multinomial Logistic Regression via Hybrid Parallelism
+    <https://arxiv.org/abs/1604.04706>`_, 2019.
+  """
+  settings = _check(num_classes, ridge, refresh, step_size, inner, shuffle)
+
+  def init_fn(key, batch):
+    _check_batch(batch, num_classes, mesh)
+    return init(key, batch, settings=settings)
+
+  def step_fn(key, state, batch):
+    _check_batch(batch, num_classes, mesh)
+    return step(
+      key, state, batch, settings=settings, mesh=mesh, schedule=schedule
+    )
+
+  return algorithm.Algorithm(init_fn, step_fn)
+
+
+def init(
+  key: jax.Array, batch: mlr_cells.Batch, *, settings: Settings
+) -> State:
+  """Weights 0, with which normalisers log K are exact; see :func:`ds_mlr`."""
+  del key
+  num_blocks, width = batch.classes.shape
+  dtype = batch.weights.dtype
+  like = jnp.zeros_like(batch.classes[:, None], dtype)
+  weights = jnp.broadcast_to(like, (num_blocks, batch.num_features, width))
+  zeros, table = jnp.zeros_like(batch.weights), ()
+  if settings.refresh == 'table':
+    sizes = _block_sizes(batch)
+    table = zeros[:, None] + jnp.log(sizes.astype(dtype))[:, None, None]
+  inner = ()
+  if settings.inner is not None:
+    inner = jax.vmap(settings.inner.init)(weights)
+  return State(
+    weights=weights,
+    inner=inner,
+    normalizers=zeros + math.log(settings.num_classes),
+    table=table,
+    count=jnp.zeros([], jnp.int32),
+  )
+
+
+def step(
+  key: jax.Array,
+  state: State,
+  batch: mlr_cells.Batch,
+  *,
+  settings: Settings,
+  mesh: jax.sharding.Mesh | None = None,
+  schedule: ring.schedules.Schedule | None = None,
+) -> tuple[State, Info]:
+  """One pass: all blocks go round, once or twice; see :func:`ds_mlr`."""
+  given = to_ring(key, state, batch)
+  parts = _rotations(settings)
+  residents, _, blocks = _run(parts, given, mesh, schedule)
+  state = from_ring(residents, blocks)
+  excess = batch.weights * (residents.known - residents.known_scores)
+  loss = jnp.sum(excess) / jnp.sum(batch.weights)
+  loss += 0.5 * settings.ridge * jnp.sum(state.weights**2)
+  return state, Info(loss=loss)
+
+
+def shardings() -> State:
+  """How a state is split over a ring, as a tree of `PartitionSpec`."""
+  spec = jax.sharding.PartitionSpec
+  return State(
+    weights=spec(mesh_lib.RING),
+    inner=spec(mesh_lib.RING),
+    normalizers=spec(mesh_lib.RING),
+    table=spec(mesh_lib.RING),
+    count=spec(),
+  )
+
+
+def rotations(
+  num_classes: int,
+  *,
+  ridge: jax.typing.ArrayLike,
+  refresh: str = 'fused',
+  step_size: jax.typing.ArrayLike | Callable[[jax.Array], Any] = 1.0,
+  inner: Any = None,
+  shuffle: bool = True,
+) -> tuple[ring.Rotation, ...]:
+  """A pass of :func:`ds_mlr`, for any executor of :mod:`emc2.ring`.
+
+  :func:`to_ring` makes what executors take, :func:`from_ring` turns it back.
+
+  Args:
+    num_classes: As there, and the others too.
+    ridge: lambda.
+    refresh: Of the normalisers.
+    step_size: eta.
+    inner: The inner transformation.
+    shuffle: Whether minibatches come in random order.
+
+  Returns:
+    One rotation; two for `two_pass`.
+
+  Raises:
+    ValueError: If an argument breaks its rule.
+  """
+  return _rotations(
+    _check(num_classes, ridge, refresh, step_size, inner, shuffle)
+  )
+
+
+def to_ring(
+  key: jax.Array, state: State, batch: mlr_cells.Batch
+) -> tuple[Resident, tuple[()], tuple[jax.Array, Any]]:
+  """The global `residents`, `kept` and `blocks` of a state."""
+  workers = jnp.arange(len(batch.labels), dtype=jnp.int32)
+  residents = Resident(
+    batch=batch._replace(classes=()),
+    sizes=jnp.broadcast_to(
+      _block_sizes(batch), (*workers.shape, len(batch.classes))
+    ),
+    key=jax.vmap(lambda worker: jax.random.fold_in(key, worker))(workers),
+    count=jnp.broadcast_to(state.count, workers.shape),
+    normalizers=state.normalizers,
+    known=state.normalizers,
+    known_scores=jnp.zeros_like(state.normalizers),
+    table=state.table,
+    sums=jnp.full_like(state.normalizers, -jnp.inf),
+    label_scores=jnp.zeros_like(state.normalizers),
+  )
+  return residents, (), (state.weights, state.inner)
+
+
+def from_ring(residents: Resident, blocks: tuple[jax.Array, Any]) -> State:
+  """The state after passes by an executor."""
+  return State(
+    weights=blocks[0],
+    inner=blocks[1],
+    normalizers=residents.normalizers,
+    table=residents.table,
+    count=residents.count[0],
+  )
+
+
+def _rotations(settings):
+  update = functools.partial(_update, settings)
+  finish = functools.partial(_finish, settings)
+  if settings.refresh == 'two_pass':
+    frozen = ring.Rotation(update, lambda resident: resident)
+    return frozen, ring.Rotation(_gather, finish)
+
+  def visit(resident, own, block, number):
+    return _gather(*update(resident, own, block, number), number)
+
+  return (ring.Rotation(visit, finish),)
+
+
+def _update(settings, resident, own, block, number):
+  """The steps of a block on all minibatches of a worker."""
+  batch, num_valid = resident.batch, resident.sizes[number]
+  first = number * block[0].shape[1]
+  normalizer = {'floor': 'floor', 'table': 'joint'}.get(
+    settings.refresh, 'frozen'
+  )
+
+  def visit(carry, place):
+    weights, inner, normalizers, table = carry
+    features, labels, row_weights = _minibatch(batch, place)
+    given = normalizers[place]
+    if settings.refresh == 'table':
+      others = table[:, place].at[number].set(-jnp.inf)
+      given = jax.nn.logsumexp(others, axis=0)
+    found = _compare(
+      features,
+      weights,
+      given,
+      labels - first,
+      row_weights,
+      num_valid,
+      normalizer,
+    )
+    if settings.refresh == 'floor':
+      floor = jnp.maximum(given, found.logsumexp)
+      normalizers = normalizers.at[place].set(floor)
+    elif settings.refresh == 'table':
+      table = table.at[number, place].set(found.logsumexp)
+    elif settings.refresh == 'sgd':
+      size = jnp.asarray(_step_size(settings, resident.count), given.dtype)
+      share = num_valid / settings.num_classes
+      slope = jnp.exp(found.logsumexp - given) - share.astype(given.dtype)
+      normalizers = normalizers.at[place].set(given + size * slope)
+    total = jnp.sum(row_weights)
+    # A minibatch of padding alone has no say, not even for the ridge.
+    scale = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+    gradient = scale * found.gradient
+    gradient += (total > 0) * settings.ridge * weights
+    if settings.inner is None:
+      size = jnp.asarray(_step_size(settings, resident.count), weights.dtype)
+      weights -= size * gradient
+    else:
+      updates, inner = settings.inner.update(gradient, inner, weights)
+      weights = jax.tree.map(jnp.add, weights, updates)
+    return (weights, inner, normalizers, table), None
+
+  order = _order(settings, resident, number)
+  carry = *block, resident.normalizers, resident.table
+  (*block, normalizers, table), _ = jax.lax.scan(visit, carry, order)
+  resident = resident._replace(normalizers=normalizers, table=table)
+  return resident, own, tuple(block)
+
+
+def _gather(resident, own, block, number):
+  """Adds the scores of a block as it is now to what its rows know."""
+  batch, num_valid = resident.batch, resident.sizes[number]
+  first = number * block[0].shape[1]
+
+  def visit(_, place):
+    features, labels, _ = _minibatch(batch, place)
+    return None, _score(features, block[0], labels - first, num_valid)
+
+  places = jnp.arange(len(batch.labels), dtype=jnp.int32)
+  scored = jax.lax.scan(visit, None, places)[1]
+  table = resident.table
+  if isinstance(table, jax.Array):
+    table = table.at[number].set(scored.logsumexp)
+  resident = resident._replace(
+    sums=jnp.logaddexp(resident.sums, scored.logsumexp),
+    label_scores=resident.label_scores + scored.label_scores,
+    table=table,
+  )
+  return resident, own, block
+
+
+def _finish(settings, resident):
+  """What was added up takes effect, and the next pass adds up anew."""
+  kept = settings.refresh == 'sgd'
+  return resident._replace(
+    count=resident.count + 1,
+    normalizers=resident.normalizers if kept else resident.sums,
+    known=resident.sums,
+    sums=jnp.full_like(resident.sums, -jnp.inf),
+    known_scores=resident.label_scores,
+    label_scores=jnp.zeros_like(resident.label_scores),
+  )
+
+
+def _order(settings, resident, number):
+  """In which minibatches are visited; each visit has its own."""
+  num_minibatches = len(resident.batch.labels)
+  if not settings.shuffle or num_minibatches == 1:
+    return jnp.arange(num_minibatches, dtype=jnp.int32)
+  key = jax.random.fold_in(resident.key, resident.count)
+  bits = jax.random.bits(jax.random.fold_in(key, number), (num_minibatches,))
+  return jnp.argsort(bits).astype(jnp.int32)
+
+
+def _minibatch(batch, place):
+  return jax.tree.map(
+    lambda x: x[place], (batch.features, batch.labels, batch.weights)
+  )
+
+
+def _compare(
+  features, weights, normalizers, labels, row_weights, num_valid, normalizer
+):
+  """The gradient of a block, of dense rows or sparse."""
+  given = normalizers, labels, row_weights, num_valid
+  if not isinstance(features, mlr_cells.SparseFeatures):
+    return softmax_block.softmax_block(
+      features, weights, *given, normalizer=normalizer
+    )
+  scores = sliced.matmul(features.rows, weights)
+  errors, scored = kernel.compare(scores, *given, normalizer)
+  return kernel.Visit(sliced.matmul(features.columns, errors), *scored)
+
+
+def _score(features, weights, labels, num_valid):
+  if not isinstance(features, mlr_cells.SparseFeatures):
+    return softmax_block.score_block(features, weights, labels, num_valid)
+  scores = sliced.matmul(features.rows, weights)
+  return kernel.summarize(scores, labels, num_valid)[1]
+
+
+def _run(parts, given, mesh, schedule=None):
+  if mesh is None:
+    return ring.virtual(parts, *given, schedule=schedule)
+  return ring.on_mesh(parts, *given, mesh, schedule=schedule)
+
+
+def _block_sizes(batch):
+  return jnp.sum(batch.classes >= 0, axis=1, dtype=jnp.int32)
+
+
+def _step_size(settings, count):
+  size = settings.step_size
+  return size(count) if callable(size) else size
+
+
+def _check(num_classes, ridge, refresh, step_size, inner, shuffle):
+  """Settings that make sense."""
+  if num_classes < 1:
+    raise ValueError(f'num_classes must be at least 1, got {num_classes}.')
+  if refresh not in REFRESHES:
+    raise ValueError(f'refresh must be one of {REFRESHES}, got {refresh!r}.')
+  known = lambda x: not isinstance(x, jax.core.Tracer) and not callable(x)
+  if known(ridge) and not (math.isfinite(ridge) and ridge >= 0):
+    raise ValueError(f'ridge must be finite and at least 0, got {ridge}.')
+  if known(step_size) and not (math.isfinite(step_size) and step_size > 0):
+    raise ValueError(f'step_size must be finite and above 0, got {step_size}.')
+  if inner is not None and not hasattr(inner, 'update'):
+    raise ValueError(
+      f'inner must be a gradient transformation, got {type(inner).__name__}.'
+    )
+  return Settings(num_classes, ridge, refresh, step_size, inner, shuffle)
+
+
+def _check_batch(batch, num_classes, mesh):
+  """Refuses a batch that is not of so many classes, or does not fit a mesh."""
+  width, num_blocks = len(batch.labels), len(batch.classes)
+  if batch.labels.ndim != 3 or num_blocks % width:
+    raise ValueError(
+      'batch must come from `split`, with labels (workers, minibatches, rows), '
+      f'got {batch.labels.shape} and {num_blocks} blocks.'
+    )
+  if not 0 <= batch.classes.size - num_classes < num_blocks:
+    raise ValueError(
+      f'batch must be of {num_classes} classes, got blocks of shape '
+      f'{batch.classes.shape}.'
+    )
+  if mesh is not None and mesh.shape.get(mesh_lib.RING) != width:
+    raise ValueError(
+      f'mesh must have an axis {mesh_lib.RING!r} of {width} devices, one for '
+      f'each worker of the batch, got {dict(mesh.shape)}.'
+    )
