@@ -19,6 +19,7 @@ from emc2.kernels import softmax_block
 from emc2.kernels.softmax_block import reference as kernel
 from emc2.separable import mlr_cells, sliced
 
+TINY = 1e-30
 REFRESHES = ('fused', 'two_pass', 'floor', 'table', 'sgd')
 
 
@@ -342,10 +343,9 @@ def _update(settings, resident, own, block, number):
       slope = jnp.exp(found.logsumexp - given) - share.astype(given.dtype)
       normalizers = normalizers.at[place].set(given + size * slope)
     total = jnp.sum(row_weights)
+    mean = found.gradient / jnp.maximum(total, TINY)
     # A minibatch of padding alone has no say, not even for the ridge.
-    scale = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
-    gradient = scale * found.gradient
-    gradient += (total > 0) * settings.ridge * weights
+    gradient = jnp.where(total > 0, mean + settings.ridge * weights, 0)
     if settings.inner is None:
       size = jnp.asarray(_step_size(settings, resident.count), weights.dtype)
       weights -= size * gradient
