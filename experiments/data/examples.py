@@ -1,6 +1,7 @@
 """What every reader of labelled rows gives."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import scipy.sparse
@@ -115,3 +116,26 @@ def split_numbers(
     )
   order = np.random.default_rng(seed).permutation(size)
   return np.sort(order[count:]), np.sort(order[:count])
+
+
+def paths_of(text: str) -> list[pathlib.Path]:
+  """Reads the name of a file, or of two with a comma between.
+
+  Args:
+    text: `FILE`, or `TRAIN,TEST`.
+
+  Returns:
+    One path or two; whether there are such files is not asked, but for a file
+    that has a comma in its name.
+
+  Raises:
+    ValueError: If it is empty or names more than two.
+  """
+  if pathlib.Path(text).expanduser().is_file():
+    return [pathlib.Path(text)]
+  names = text.split(',')
+  if len(names) > 2 or not all(names):
+    raise ValueError(
+      f"data must name a file or two, 'TRAIN,TEST', got {text!r}."
+    )
+  return list(map(pathlib.Path, names))

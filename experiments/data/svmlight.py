@@ -114,6 +114,38 @@ def _rows(part: _Part, first_index: int, num_features: int):
   )
 
 
+def is_svmlight(path: str | pathlib.Path) -> bool:
+  """Whether the first line that is not blank has this form, or the name does.
+
+  Args:
+    path: A file, gzip or not.
+
+  Returns:
+    True for `.svm`, `.svmlight` and `.libsvm`, before a `.gz` or not.
+
+  Raises:
+    ValueError: If there is no such file.
+  """
+  path = scanning.existing(path)
+  name = path.name.removesuffix('.gz')
+  if name.endswith(('.svm', '.svmlight', '.libsvm')):
+    return True
+  for lines in scanning.read_lines(path):
+    text = _stripped(lines.text).lstrip()
+    if text:
+      return bool(_LINES.fullmatch(text.split(b'\n', 1)[0] + b'\n'))
+  return False
+
+
+def _stripped(text: bytes) -> bytes:
+  """Text without comments and queries; lines stay."""
+  if b'#' in text:
+    text = _COMMENT.sub(b'', text)
+  if b'qid:' in text:
+    text = _QUERY.sub(rb'\1', text)
+  return text
+
+
 def _parse(path: pathlib.Path, labels: str) -> _Part:
   """Reads one file; all is checked but the range of the indices."""
   blocks = [_Part(path, *_no_rows())]
@@ -134,11 +166,7 @@ def _no_rows():
 
 
 def _parse_block(path, lines, labels):
-  text = lines.text
-  if b'#' in text:
-    text = _COMMENT.sub(b'', text)
-  if b'qid:' in text:
-    text = _QUERY.sub(rb'\1', text)
+  text = _stripped(lines.text)
   end = _LINES.match(text).end()
   if end < len(text):
     line = lines.first + text.count(b'\n', 0, end)

@@ -164,6 +164,22 @@ class ReadTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r'train.svm:\d+: expected a whole'):
       svmlight.read(self.path)
 
+  @parameterized.parameters(
+    ('a', '\n# x\n1 3:0.5\n', True),
+    ('a', '-1\n', True),
+    ('a.svm', 'x', True),
+    ('a.svm.gz', 'x', True),
+    ('a.libsvm', '', True),
+    ('a', '1 2 3\n', False),
+    ('a', '1::2::3::4\n', False),
+    ('a', 'user,item,rating\n', False),
+    ('a', '', False),
+  )
+  def test_knows_its_files(self, name, text, want):
+    path = self.root / name
+    path.write_text(text)
+    self.assertEqual(svmlight.is_svmlight(path), want)
+
 
 class ExamplesTest(parameterized.TestCase):
   def test_splits(self):
@@ -201,3 +217,15 @@ class ExamplesTest(parameterized.TestCase):
     rows = examples.rows_lib.from_dense(np.eye(3))
     with self.assertRaisesRegex(ValueError, message):
       examples.Examples(rows, np.array(labels), names)
+
+  def test_paths(self):
+    folder = pathlib.Path(self.create_tempdir().full_path)
+    odd = folder / 'a,b'
+    odd.write_text('')
+    self.assertEqual(examples.paths_of(str(odd)), [odd])
+    self.assertEqual(
+      examples.paths_of('a,b'), [pathlib.Path('a'), pathlib.Path('b')]
+    )
+    for text in ('', 'a,', 'a,b,c'):
+      with self.assertRaisesRegex(ValueError, 'data must name a file or two'):
+        examples.paths_of(text)
