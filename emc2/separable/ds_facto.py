@@ -157,9 +157,8 @@ def step(
   scores = _scores(state.sums, state.rest)
   losses, slopes = _losses(settings.loss, scores + state.bias, cells.labels)
   add = lambda x: jnp.sum(cells.present * x, axis=(1, 2))
-  # By workers first, so that one collective adds up both.
   totals = jnp.stack([add(losses), add(slopes)], axis=1)
-  loss, slope = jnp.sum(totals, axis=0) / cells.num_rows[0]
+  loss, slope = _add_workers(totals, mesh) / cells.num_rows[0]
   bias = state.bias
   if fit_bias:
     bias -= jnp.asarray(_step_size(settings, state.count), bias.dtype) * slope
@@ -227,8 +226,8 @@ def ds_facto(
   once for each of the S batches of a worker's rows, and the sums of the next
   pass are added up on the way, with what the blocks have become. Nothing is
   reduced over the workers but, as a pass begins, the loss and its slope in the
-  bias, two numbers, by which the bias moves. A step takes the :class:`~emc2.separable.fm_cells.
-  Cells` of the data, which say P, Q and S.
+  bias, two numbers, by which the bias moves. A step takes the
+  :class:`~emc2.separable.fm_cells.Cells` of the data, which say P, Q and S.
 
   The sums lag behind the features. Modes differ in how:
 
@@ -256,9 +255,9 @@ def ds_facto(
   .. note::
     The specification's blocks go to worker p + 1 and ours to p - 1, which is
     the same ring in a mirror; it moves the bias as a pass ends, and we as the
-    next one begins, where the scores are known anyway. `jacobi` is not in the paper: it is full-batch
-    descent on the objective, the same for every P, and exchanges the parameters
-    and their gradients.
+    next one begins, where the scores are known anyway. `jacobi` is not in the
+    paper: it is full-batch descent on the objective, the same for every P, and
+    exchanges the parameters and their gradients.
 
   Args:
     num_features: D.
@@ -600,6 +599,17 @@ def _run(parts, residents, kept, blocks, mesh):
   if mesh is None:
     return executors.virtual(parts, residents, kept, blocks)
   return executors.on_mesh(parts, residents, kept, blocks, mesh)
+
+
+def _add_workers(values, mesh):
+  """Sums of what each worker has, (P, n) to (n,), by one collective."""
+  if mesh is None:
+    return jnp.sum(values, axis=0)
+  spec = jax.sharding.PartitionSpec
+  add = lambda own: jax.lax.psum(own[0], mesh_lib.RING)
+  return jax.shard_map(
+    add, mesh=mesh, in_specs=spec(mesh_lib.RING), out_specs=spec()
+  )(values)
 
 
 def _losses(loss, scores, labels):

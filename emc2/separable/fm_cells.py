@@ -245,9 +245,9 @@ def _deal(sizes, num_hands):
 
 def _batches(ids, num_batches):
   """The rows of a worker in batches, (S, B)."""
-  ids = ids[ids >= 0] if num_batches > 1 else ids
-  parts = np.array_split(ids, num_batches)
-  batches = np.full((num_batches, len(parts[0])), -1, np.int32)
+  size = -(-len(ids) // num_batches)
+  parts = np.array_split(ids[ids >= 0], num_batches)
+  batches = np.full((num_batches, size), -1, np.int32)
   for batch, part in zip(batches, parts, strict=True):
     batch[: len(part)] = part
   return batches

@@ -28,7 +28,7 @@ def _matmul(x, y):
 
 
 def _take(table, ids):
-  """Rows of a table by ids (C,) that are in it; none is counted from its end."""
+  """Rows of a table by ids (C,) that are in it, from its begin."""
   dimensions = jax.lax.GatherDimensionNumbers(
     offset_dims=tuple(range(1, table.ndim)),
     collapsed_slice_dims=(0,),
