@@ -46,6 +46,7 @@ class Info(NamedTuple):
 class Settings(NamedTuple):
   """What visits need to know; see :func:`ds_mlr`."""
 
+  num_features: int
   num_classes: int
   ridge: jax.typing.ArrayLike
   refresh: str
@@ -86,6 +87,7 @@ def inverse_sqrt(
 
 
 def ds_mlr(
+  num_features: int,
   num_classes: int,
   *,
   ridge: jax.typing.ArrayLike,
@@ -129,6 +131,7 @@ def ds_mlr(
     specification's to p + 1: the same ring in a mirror.
 
   Args:
+    num_features: D.
     num_classes: K.
     ridge: lambda, on the scale of the mean loss, at least 0; 1 / (C N) of
       scikit-learn's C.
@@ -158,14 +161,16 @@ def ds_mlr(
     Multinomial Logistic Regression via Hybrid Parallelism
     <https://arxiv.org/abs/1604.04706>`_, 2019.
   """
-  settings = _check(num_classes, ridge, refresh, step_size, inner, shuffle)
+  settings = _check(
+    num_features, num_classes, ridge, refresh, step_size, inner, shuffle
+  )
 
   def init_fn(key, batch):
-    _check_batch(batch, num_classes, mesh)
+    _check_batch(batch, settings, mesh)
     return init(key, batch, settings=settings)
 
   def step_fn(key, state, batch):
-    _check_batch(batch, num_classes, mesh)
+    _check_batch(batch, settings, mesh)
     return step(
       key, state, batch, settings=settings, mesh=mesh, schedule=schedule
     )
@@ -181,7 +186,7 @@ def init(
   num_blocks, width = batch.classes.shape
   dtype = batch.weights.dtype
   like = jnp.zeros_like(batch.classes[:, None], dtype)
-  weights = jnp.broadcast_to(like, (num_blocks, batch.num_features, width))
+  weights = jnp.broadcast_to(like, (num_blocks, settings.num_features, width))
   zeros, table = jnp.zeros_like(batch.weights), ()
   if settings.refresh == 'table':
     sizes = _block_sizes(batch)
@@ -231,6 +236,7 @@ def shardings() -> State:
 
 
 def rotations(
+  num_features: int,
   num_classes: int,
   *,
   ridge: jax.typing.ArrayLike,
@@ -244,7 +250,8 @@ def rotations(
   :func:`to_ring` makes what executors take, :func:`from_ring` turns it back.
 
   Args:
-    num_classes: As there, and the others too.
+    num_features: D, as there, and the others too.
+    num_classes: K.
     ridge: lambda.
     refresh: Of the normalisers.
     step_size: eta.
@@ -258,7 +265,7 @@ def rotations(
     ValueError: If an argument breaks its rule.
   """
   return _rotations(
-    _check(num_classes, ridge, refresh, step_size, inner, shuffle)
+    _check(num_features, num_classes, ridge, refresh, step_size, inner, shuffle)
   )
 
 
@@ -295,6 +302,190 @@ def from_ring(residents: Resident, blocks: tuple[jax.Array, Any]) -> State:
   )
 
 
+def objective(
+  weights: jax.Array,
+  batch: mlr_cells.Batch,
+  *,
+  ridge: jax.typing.ArrayLike,
+  mesh: jax.sharding.Mesh | None = None,
+) -> jax.Array:
+  """L of :func:`ds_mlr`, exact, for any solver: blocks go round twice.
+
+  The first time rows learn their normalisers, the second blocks collect their
+  gradients from all workers. Where one worker holds all classes in one block,
+  both are made in one go. A value without a gradient takes one rotation.
+
+  Args:
+    weights: (Q, D, K / Q).
+    batch: The rows.
+    ridge: lambda.
+    mesh: Has the axis `ring` of P devices; None for P virtual workers on one.
+
+  Returns:
+    (); differentiable once with respect to the weights.
+
+  Examples:
+    >>> batch, _ = mlr_cells.split(np.eye(3, dtype=np.float32), np.arange(3), 3)
+    >>> objective(jnp.zeros((1, 3, 3)), batch, ridge=0.1)
+    Array(1.0986123, dtype=float32)
+  """
+
+  @jax.custom_vjp
+  def loss(weights):
+    return _evaluate(weights, batch, ridge, mesh, with_gradient=False)[0]
+
+  def forward(weights):
+    return _evaluate(weights, batch, ridge, mesh, with_gradient=True)
+
+  loss.defvjp(forward, lambda gradient, slope: (slope * gradient,))
+  return loss(weights)
+
+
+def _evaluate(weights, batch, ridge, mesh, *, with_gradient):
+  """The objective, and its gradient or nothing."""
+  total = jnp.sum(batch.weights)
+  zeros = jnp.zeros_like(batch.weights)
+  state = State(weights, (), zeros, (), jnp.zeros([], jnp.int32))
+  residents, _, blocks = to_ring(jax.random.key(0), state, batch)
+  alone = len(batch.classes) == 1 and with_gradient
+  finish = functools.partial(_finish, None)
+  gather = ring.Rotation(_gather, finish)
+  collect = ring.Rotation(functools.partial(_collect, alone), finish)
+  if alone:
+    parts = (collect,)
+  else:
+    parts = (gather, collect) if with_gradient else (gather,)
+  gradient = jnp.zeros_like(weights) if with_gradient else ()
+  given = residents, (), (blocks[0], gradient)
+  residents, _, (_, gradient) = _run(parts, given, mesh)
+  excess = batch.weights * (residents.known - residents.known_scores)
+  loss = jnp.sum(excess) / total + 0.5 * ridge * jnp.sum(weights**2)
+  if with_gradient:
+    gradient = gradient / total + ridge * weights
+  return loss, gradient
+
+
+def _collect(alone, resident, own, block, number):
+  """Adds the gradient that a worker's rows give to a block."""
+  batch, num_valid = resident.batch, resident.sizes[number]
+  weights, gradient = block
+  first = number * weights.shape[1]
+
+  def visit(gradient, place):
+    features, labels, row_weights = _minibatch(batch, place)
+    others = resident.normalizers[place]
+    gradient, found = _compare(
+      gradient,
+      features,
+      weights,
+      jnp.full_like(others, -jnp.inf) if alone else others,
+      labels - first,
+      row_weights,
+      num_valid,
+      'joint' if alone else 'frozen',
+    )
+    return gradient, found
+
+  places = jnp.arange(len(batch.labels), dtype=jnp.int32)
+  gradient, found = jax.lax.scan(visit, gradient, places)
+  resident = resident._replace(
+    sums=jnp.logaddexp(resident.sums, found.logsumexp),
+    label_scores=resident.label_scores + found.label_scores,
+  )
+  return resident, own, (weights, gradient)
+
+
+class Ranked(NamedTuple):
+  """The best classes of each row."""
+
+  scores: jax.Array  # (P, m, n, k), falling.
+  classes: jax.Array  # (P, m, n, k), int32: classes of the data.
+
+
+def predict(
+  weights: jax.Array,
+  batch: mlr_cells.Batch,
+  *,
+  k: int = 1,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Ranked:
+  """The k classes of highest score, by one rotation.
+
+  Args:
+    weights: (Q, D, K / Q).
+    batch: Rows, split like those of the training; labels do not matter.
+    k: At least 1 and at most K. Static.
+    mesh: As in :func:`ds_mlr`.
+
+  Returns:
+    Scores and classes, which :meth:`~emc2.separable.mlr_cells.Layout.sort_rows`
+    puts in the order of the data.
+
+  Raises:
+    ValueError: If k does not fit.
+  """
+  if not 1 <= k <= batch.classes.size:
+    raise ValueError(f'k must lie in [1, {batch.classes.size}], got {k}.')
+  shape = *batch.labels.shape, k
+  best = Ranked(
+    jnp.full_like(batch.weights, -jnp.inf, shape=shape),
+    jnp.full_like(batch.labels, -1, shape=shape),
+  )
+  batch, classes = batch._replace(classes=()), jnp.asarray(batch.classes)
+  width = classes.shape[1]
+
+  def visit(resident, own, block, number):
+    del number
+    batch, best = resident
+    weights, classes = block
+
+    def rank(_, now):
+      place, best = now
+      features, _, _ = _minibatch(batch, place)
+      scores = _scores(features, weights, len(best.scores))
+      scores = jnp.where((classes >= 0)[None], scores, -jnp.inf)
+      scores, chosen = jax.lax.top_k(scores, min(k, width))
+      scores = jnp.concatenate([best.scores, scores], axis=1)
+      found = jnp.concatenate([best.classes, classes[chosen]], axis=1)
+      scores, chosen = jax.lax.top_k(scores, k)
+      return None, Ranked(scores, jnp.take_along_axis(found, chosen, axis=1))
+
+    places = jnp.arange(len(batch.labels), dtype=jnp.int32)
+    best = jax.lax.scan(rank, None, (places, best))[1]
+    return (batch, best), own, block
+
+  parts = (ring.Rotation(visit, lambda resident: resident),)
+  residents, _, _ = _run(parts, ((batch, best), (), (weights, classes)), mesh)
+  return residents[1]
+
+
+def f_scores(
+  labels: jax.Array, predicted: jax.Array, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
+  """Micro- and macro-averaged F1.
+
+  Args:
+    labels: (N,), int32.
+    predicted: (N,), int32.
+    num_classes: K.
+
+  Returns:
+    The micro average, which is the accuracy where each row has one label, and
+    the mean over the classes that are among labels or predictions.
+
+  Examples:
+    >>> f_scores(jnp.array([0, 0, 1]), jnp.array([0, 1, 1]), 3)
+    (Array(0.6666667, dtype=float32), Array(0.6666667, dtype=float32))
+  """
+  count = lambda x, w: jax.ops.segment_sum(w, x, num_classes)
+  hits = (labels == predicted).astype(float)
+  both = count(labels, jnp.ones_like(hits)) + count(
+    predicted, jnp.ones_like(hits)
+  )
+  scores = 2 * count(labels, hits) / jnp.maximum(both, 1)
+  return jnp.mean(hits), jnp.sum(scores) / jnp.sum(both > 0)
+
+
 def _rotations(settings):
   update = functools.partial(_update, settings)
   finish = functools.partial(_finish, settings)
@@ -323,7 +514,8 @@ def _update(settings, resident, own, block, number):
     if settings.refresh == 'table':
       others = table[:, place].at[number].set(-jnp.inf)
       given = jax.nn.logsumexp(others, axis=0)
-    found = _compare(
+    gradient, found = _compare(
+      jnp.zeros_like(weights),
       features,
       weights,
       given,
@@ -343,7 +535,7 @@ def _update(settings, resident, own, block, number):
       slope = jnp.exp(found.logsumexp - given) - share.astype(given.dtype)
       normalizers = normalizers.at[place].set(given + size * slope)
     total = jnp.sum(row_weights)
-    mean = found.gradient / jnp.maximum(total, TINY)
+    mean = gradient / jnp.maximum(total, TINY)
     # A minibatch of padding alone has no say, not even for the ridge.
     gradient = jnp.where(total > 0, mean + settings.ridge * weights, 0)
     if settings.inner is None:
@@ -385,7 +577,7 @@ def _gather(resident, own, block, number):
 
 def _finish(settings, resident):
   """What was added up takes effect, and the next pass adds up anew."""
-  kept = settings.refresh == 'sgd'
+  kept = settings is not None and settings.refresh == 'sgd'
   return resident._replace(
     count=resident.count + 1,
     normalizers=resident.normalizers if kept else resident.sums,
@@ -413,24 +605,41 @@ def _minibatch(batch, place):
 
 
 def _compare(
-  features, weights, normalizers, labels, row_weights, num_valid, normalizer
+  total,
+  features,
+  weights,
+  normalizers,
+  labels,
+  row_weights,
+  num_valid,
+  normalizer,
 ):
-  """The gradient of a block, of dense rows or sparse."""
+  """Adds the gradient that some rows give a block; what they are told."""
   given = normalizers, labels, row_weights, num_valid
   if not isinstance(features, mlr_cells.SparseFeatures):
-    return softmax_block.softmax_block(
+    found = softmax_block.softmax_block(
       features, weights, *given, normalizer=normalizer
     )
-  scores = sliced.matmul(features.rows, weights)
+    scored = softmax_block.Scored(found.logsumexp, found.label_scores)
+    return total + found.gradient, scored
+  scores = _scores(features, weights, len(labels))
   errors, scored = kernel.compare(scores, *given, normalizer)
-  return kernel.Visit(sliced.matmul(features.columns, errors), *scored)
+  return sliced.add_matmul(total, features.columns, errors), scored
 
 
 def _score(features, weights, labels, num_valid):
   if not isinstance(features, mlr_cells.SparseFeatures):
     return softmax_block.score_block(features, weights, labels, num_valid)
-  scores = sliced.matmul(features.rows, weights)
+  scores = _scores(features, weights, len(labels))
   return kernel.summarize(scores, labels, num_valid)[1]
+
+
+def _scores(features, weights, num_rows):
+  """(n, K / Q)."""
+  if not isinstance(features, mlr_cells.SparseFeatures):
+    return features @ weights
+  zeros = jnp.zeros_like(weights, shape=(num_rows, weights.shape[1]))
+  return sliced.add_matmul(zeros, features.rows, weights)
 
 
 def _run(parts, given, mesh, schedule=None):
@@ -448,10 +657,16 @@ def _step_size(settings, count):
   return size(count) if callable(size) else size
 
 
-def _check(num_classes, ridge, refresh, step_size, inner, shuffle):
+def _check(
+  num_features, num_classes, ridge, refresh, step_size, inner, shuffle
+):
   """Settings that make sense."""
-  if num_classes < 1:
-    raise ValueError(f'num_classes must be at least 1, got {num_classes}.')
+  for name, value in (
+    ('num_features', num_features),
+    ('num_classes', num_classes),
+  ):
+    if value < 1:
+      raise ValueError(f'{name} must be at least 1, got {value}.')
   if refresh not in REFRESHES:
     raise ValueError(f'refresh must be one of {REFRESHES}, got {refresh!r}.')
   known = lambda x: not isinstance(x, jax.core.Tracer) and not callable(x)
@@ -463,11 +678,14 @@ def _check(num_classes, ridge, refresh, step_size, inner, shuffle):
     raise ValueError(
       f'inner must be a gradient transformation, got {type(inner).__name__}.'
     )
-  return Settings(num_classes, ridge, refresh, step_size, inner, shuffle)
+  return Settings(
+    num_features, num_classes, ridge, refresh, step_size, inner, shuffle
+  )
 
 
-def _check_batch(batch, num_classes, mesh):
-  """Refuses a batch that is not of so many classes, or does not fit a mesh."""
+def _check_batch(batch, settings, mesh):
+  """Refuses a batch of other sizes, or one that does not fit a mesh."""
+  num_classes = settings.num_classes
   width, num_blocks = len(batch.labels), len(batch.classes)
   if batch.labels.ndim != 3 or num_blocks % width:
     raise ValueError(
@@ -478,6 +696,12 @@ def _check_batch(batch, num_classes, mesh):
     raise ValueError(
       f'batch must be of {num_classes} classes, got blocks of shape '
       f'{batch.classes.shape}.'
+    )
+  is_sparse = isinstance(batch.features, mlr_cells.SparseFeatures)
+  if not is_sparse and batch.features.shape[-1] != settings.num_features:
+    raise ValueError(
+      f'batch must be of {settings.num_features} features, got '
+      f'{batch.features.shape[-1]}.'
     )
   if mesh is not None and mesh.shape.get(mesh_lib.RING) != width:
     raise ValueError(

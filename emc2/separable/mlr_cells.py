@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from emc2.separable import rows as rows_lib
@@ -23,19 +24,12 @@ class Batch(NamedTuple):
   weights: Any  # (P, m, n), float32; 0 for padding.
   classes: Any  # (Q, K / Q), int32: classes of each block; -1 for padding.
 
-  @property
-  def num_features(self) -> int:
-    """D, with padding."""
-    if isinstance(self.features, SparseFeatures):
-      return self.features.columns.num_rows
-    return self.features.shape[-1]
-
 
 class Layout(NamedTuple):
   """Which row, feature and class lies where; on the host."""
 
   row_ids: np.ndarray  # (P, m, n), int32; -1 for padding.
-  feature_ids: np.ndarray  # (D,), int32: the frequent first; -1 for padding.
+  feature_ids: np.ndarray  # (D,), int32: of sparse rows, the frequent first.
   class_ids: np.ndarray  # (Q, K / Q), int32; -1 for padding.
   num_rows: int
   num_features: int
@@ -53,11 +47,10 @@ class Layout(NamedTuple):
     """Weights (Q, D, K / Q) as (D, K) in the order of the data."""
     weights = np.asarray(weights)
     found = np.empty((self.num_features, self.num_classes), weights.dtype)
-    features = np.flatnonzero(self.feature_ids >= 0)
     blocks, slots = np.nonzero(self.class_ids >= 0)
     classes = self.class_ids[blocks, slots]
-    chosen = weights[blocks[None], features[:, None], slots[None]]
-    found[self.feature_ids[features][:, None], classes[None]] = chosen
+    chosen = weights[blocks, :, slots].T
+    found[self.feature_ids[:, None], classes[None]] = chosen
     return found
 
   def place_weights(self, weights: Any) -> np.ndarray:
@@ -69,7 +62,6 @@ class Layout(NamedTuple):
         f'weights must have shape {expected}, got {weights.shape}.'
       )
     placed = weights[self.feature_ids][:, self.class_ids]
-    placed[self.feature_ids < 0] = 0
     placed[:, self.class_ids < 0] = 0
     return np.ascontiguousarray(np.moveaxis(placed, 1, 0))
 
@@ -158,15 +150,9 @@ def split(
   elif is_sparse:
     counts = np.bincount(features.ids, minlength=num_features)
     feature_ids = np.argsort(-counts, kind='stable')
-    feature_ids = _deal(feature_ids, 1, sliced.HEIGHT)[0]
+    feature_ids = feature_ids.astype(np.int32)
   else:
     feature_ids = np.arange(num_features, dtype=np.int32)
-  if is_sparse:
-    # Slices are as wide as their longest row.
-    lengths = np.append(np.diff(features.starts), -1)[row_ids]
-    order = np.argsort(-lengths, axis=1, kind='stable')
-    row_ids = np.take_along_axis(row_ids, order, axis=1)
-    row_ids = _widen(row_ids, sliced.HEIGHT)
   place = np.empty(num_classes, np.int64)
   kept = class_ids >= 0
   place[class_ids[kept]] = np.flatnonzero(kept)
@@ -193,46 +179,39 @@ def split(
 def _cut(features, row_ids, feature_ids):
   """Entries by row and by feature, of every minibatch."""
   num_workers, num_minibatches, height = row_ids.shape
-  place = np.full(features.num_rows, -1, np.int64)
-  flat = row_ids.reshape(-1)
-  place[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+  place = np.empty(features.num_rows, np.int64)
+  inside = row_ids >= 0
+  place[row_ids[inside]] = np.flatnonzero(inside)
   part, row = np.divmod(place[features.row_ids], height)
-  column = np.empty(features.num_features, np.int32)
-  kept = feature_ids >= 0
-  column[feature_ids[kept]] = np.flatnonzero(kept)
+  column = np.empty(features.num_features, np.int64)
+  column[feature_ids] = np.arange(len(column))
   columns = column[features.ids]
-  parts = num_workers * num_minibatches
-  cut = lambda *given: _reshape(
-    sliced.cut(*given, parts), num_workers, num_minibatches
-  )
+
+  def cut(rows, ids, num_rows):
+    matrix = sliced.cut(
+      rows,
+      ids.astype(np.int32),
+      features.values,
+      part,
+      num_rows,
+      num_workers * num_minibatches,
+    )
+    split_parts = lambda x: x.reshape(
+      num_workers, num_minibatches, *x.shape[1:]
+    )
+    return jax.tree.map(split_parts, matrix)
+
   return SparseFeatures(
-    rows=cut(row, columns, features.values, part, height),
-    columns=cut(
-      columns, row.astype(np.int32), features.values, part, len(feature_ids)
-    ),
+    cut(row, columns, height), cut(columns, row, features.num_features)
   )
 
 
-def _reshape(matrix, num_workers, num_minibatches):
-  lead = num_workers, num_minibatches
-  split_parts = lambda x: x.reshape(*lead, *x.shape[1:])
-  return sliced.Sliced(
-    tuple(map(split_parts, matrix.ids)), tuple(map(split_parts, matrix.values))
-  )
-
-
-def _deal(ids, parts, multiple=1):
+def _deal(ids, parts):
   """Ids dealt to parts of equal length, -1 where there are too few."""
   length = -(-len(ids) // parts)
-  length = -(-length // multiple) * multiple
   dealt = np.full((length, parts), -1, np.int32)
   dealt.reshape(-1)[: len(ids)] = ids
   return np.ascontiguousarray(dealt.T)
-
-
-def _widen(ids, multiple):
-  missing = -ids.shape[1] % multiple
-  return np.pad(ids, ((0, 0), (0, missing)), constant_values=-1)
 
 
 def _check(features, labels, num_classes, row_weights, allow_empty):

@@ -11,69 +11,68 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emc2 import mesh as mesh_lib
+
 HEIGHT = 8
 """Rows of a slice: their sums stay in the first-level cache."""
 
-UNROLL = 4
+UNROLL = 8
 
 
 class Sliced(NamedTuple):
-  """Some equal-sized sparse matrices of few distinct widths of slices.
+  """Sparse matrices (R, C) of equal shapes, rows in falling order of length.
 
-  Slices of one width lie together; shapes, not values, say how the matrices are
-  cut, so all share them.
+  Slices of one width lie together; shapes, not values, say how matrices are
+  cut, so all of a stack share them.
   """
 
-  ids: tuple[Any, ...]  # Each (..., slices, width, HEIGHT), int32.
+  ids: tuple[Any, ...]  # Each (..., slices, width, HEIGHT), int32: columns.
   values: tuple[Any, ...]  # Each likewise, float32; 0 in the padding.
-
-  @property
-  def num_rows(self) -> int:
-    """Of each matrix, padded to a multiple of `HEIGHT`."""
-    return HEIGHT * sum(x.shape[-3] for x in self.ids)
+  rows: tuple[Any, ...]  # Each (..., slices, HEIGHT), int32; R for no row.
 
 
-def matmul(matrix: Sliced, table: jax.Array) -> jax.Array:
-  """Multiplies one sparse matrix with a dense one.
+def add_matmul(total: jax.Array, matrix: Sliced, table: jax.Array) -> jax.Array:
+  """Adds the product of a sparse matrix with a dense one.
 
   Args:
-    matrix: (rows, n) without leading axes.
-    table: (n, columns).
+    total: (R, n).
+    matrix: (R, C), without leading axes.
+    table: (C, n).
 
   Returns:
-    (rows, columns).
+    (R, n).
 
   References:
     Kreutzer, Hager, Wellein, Fehske, Bishop, `A unified sparse matrix data
     format for efficient general sparse matrix-vector multiplication
     <https://arxiv.org/abs/1307.6209>`_, 2014.
   """
+  total, table, _ = mesh_lib.vary_alike(total, table, matrix.ids[0])
 
-  def add(total, ids, values):
+  def add(sums, ids, values):
     for i in range(ids.shape[0]):
-      rows = table.at[ids[i]].get(mode='promise_in_bounds')
-      total += values[i, :, None] * rows
-    return total
+      found = table.at[ids[i]].get(mode='promise_in_bounds')
+      sums += values[i, :, None] * found
+    return sums
 
-  def multiply(_, slice_):
-    ids, values = slice_
+  def multiply(total, slice_):
+    ids, values, rows = slice_
     width = ids.shape[0]
-    total = jnp.zeros_like(table, shape=(HEIGHT, table.shape[1]))
+    sums = jnp.zeros_like(total, shape=(HEIGHT, table.shape[1]))
     if width <= UNROLL:
-      return None, add(total, ids, values)
+      sums = add(sums, ids, values)
+    else:
 
-    # Sliced inside the loop: cutting beforehand would copy the indices.
-    def step(number, total):
-      cut = lambda x: jax.lax.dynamic_slice_in_dim(x, number * UNROLL, UNROLL)
-      return add(total, cut(ids), cut(values))
+      def follow(number, sums):
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, number * UNROLL, UNROLL)
+        return add(sums, cut(ids), cut(values))
 
-    return None, jax.lax.fori_loop(0, width // UNROLL, step, total)
+      sums = jax.lax.fori_loop(0, width // UNROLL, follow, sums)
+    return total.at[rows].add(sums, mode='drop', unique_indices=True), None
 
-  products = [
-    jax.lax.scan(multiply, None, slices)[1].reshape(-1, table.shape[1])
-    for slices in zip(matrix.ids, matrix.values, strict=True)
-  ]
-  return jnp.concatenate(products)
+  for slices in zip(matrix.ids, matrix.values, matrix.rows, strict=True):
+    total, _ = jax.lax.scan(multiply, total, slices)
+  return total
 
 
 def cut(
@@ -87,8 +86,7 @@ def cut(
   """Cuts entries of several matrices into slices of common widths.
 
   Args:
-    rows: (nnz,), the row of each entry. Rows should come in falling order of
-      their lengths: a slice is as wide as its longest row in any part.
+    rows: (nnz,), the row of each entry.
     ids: (nnz,), its column.
     values: (nnz,).
     parts: (nnz,), the matrix that it belongs to.
@@ -98,37 +96,43 @@ def cut(
   Returns:
     NumPy arrays with a leading axis of `num_parts`.
   """
-  num_slices = max(1, -(-num_rows // HEIGHT))
-  place = parts.astype(np.int64) * (num_slices * HEIGHT) + rows
-  order = np.argsort(place, kind='stable')
-  place, ids, values = place[order], ids[order], values[order]
-  lengths = np.bincount(place, minlength=num_parts * num_slices * HEIGHT)
-  first = np.cumsum(lengths) - lengths
+  place = parts.astype(np.int64) * num_rows + rows
+  lengths = np.bincount(place, minlength=num_parts * num_rows)
+  lengths = lengths.reshape(num_parts, num_rows)
+  # The rows of each part, long before short; where each row has come to lie.
+  order = np.argsort(-lengths, axis=1, kind='stable')
+  rank = np.argsort(order, axis=1)
+  num_slices = max(1, -(-int(np.max(np.sum(lengths > 0, 1))) // HEIGHT))
+  padded = np.full((num_parts, num_slices * HEIGHT), num_rows, np.int32)
+  kept = min(num_rows, num_slices * HEIGHT)
+  padded[:, :kept] = order[:, :kept]
+  padded = padded.reshape(num_parts, num_slices, HEIGHT)
+  longest = np.max(np.take_along_axis(lengths, order, 1)[:, ::HEIGHT], 0)
+  widths = _round_up(longest[:num_slices])
+
+  by_row = np.argsort(place, kind='stable')
+  place, ids, values = place[by_row], ids[by_row], values[by_row]
+  first = np.cumsum(lengths.reshape(-1)) - lengths.reshape(-1)
   slot = np.arange(len(place)) - first[place]
-  longest = lengths.reshape(num_parts, num_slices, HEIGHT).max(axis=(0, 2))
-  # Never rising, so that slices of one width are neighbours.
-  longest = np.maximum.accumulate(longest[::-1])[::-1]
-  widths = _round_up(longest)
-  part, row = np.divmod(place, num_slices * HEIGHT)
-  slice_, lane = np.divmod(row, HEIGHT)
-  found_ids, found_values = [], []
+  part = place // num_rows
+  slice_, lane = np.divmod(rank.reshape(-1)[place], HEIGHT)
+  found = [], [], []
   for width in np.unique(widths)[::-1]:
     members = np.flatnonzero(widths == width)
     shape = (num_parts, len(members), width, HEIGHT)
     inside = widths[slice_] == width
     at = part[inside], slice_[inside] - members[0], slot[inside], lane[inside]
-    run_ids = np.zeros(shape, np.int32)
-    run_values = np.zeros(shape, values.dtype)
-    run_ids[at], run_values[at] = ids[inside], values[inside]
-    found_ids.append(run_ids)
-    found_values.append(run_values)
-  return Sliced(tuple(found_ids), tuple(found_values))
+    run = np.zeros(shape, np.int32), np.zeros(shape, values.dtype)
+    run[0][at], run[1][at] = ids[inside], values[inside]
+    for kept, new in zip(found, (*run, padded[:, members]), strict=True):
+      kept.append(new)
+  return Sliced(*map(tuple, found))
 
 
 def _round_up(lengths):
-  """To 1, 2, 3, 4, 8, 12, 16, 24, 32, 48, ...: few widths, little padding."""
-  steps = [1, 2, 3, 4, 8, 12]
+  """To few widths with little padding, that `UNROLL` divides beyond itself."""
+  steps = [1, 2, 3, 4, 6, UNROLL, 2 * UNROLL]
   while steps[-1] < lengths.max(initial=1):
-    steps.append(2 * steps[-2])
+    steps += [3 * steps[-1] // 2, 2 * steps[-1]]
   steps = np.array(steps)
   return steps[np.searchsorted(steps, np.maximum(lengths, 1))]
