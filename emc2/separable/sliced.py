@@ -26,7 +26,8 @@ class Sliced(NamedTuple):
   cut, so all of a stack share them.
   """
 
-  ids: tuple[Any, ...]  # Each (..., slices, width, HEIGHT), int32: columns.
+  # A last axis as short as HEIGHT would be padded to 128 on a TPU.
+  ids: tuple[Any, ...]  # Each (..., slices, width * HEIGHT), int32: columns.
   values: tuple[Any, ...]  # Each likewise, float32; 0 in the padding.
   rows: tuple[Any, ...]  # Each (..., slices, HEIGHT), int32; R for no row.
 
@@ -50,21 +51,23 @@ def add_matmul(total: jax.Array, matrix: Sliced, table: jax.Array) -> jax.Array:
   total, table, _ = mesh_lib.vary_alike(total, table, matrix.ids[0])
 
   def add(sums, ids, values):
-    for i in range(ids.shape[0]):
-      found = table.at[ids[i]].get(mode='promise_in_bounds')
-      sums += values[i, :, None] * found
+    for i in range(ids.shape[0] // HEIGHT):
+      lanes = slice(i * HEIGHT, (i + 1) * HEIGHT)
+      found = table.at[ids[lanes]].get(mode='promise_in_bounds')
+      sums += values[lanes, None] * found
     return sums
 
   def multiply(total, slice_):
     ids, values, rows = slice_
-    width = ids.shape[0]
+    width = ids.shape[0] // HEIGHT
     sums = jnp.zeros_like(total, shape=(HEIGHT, table.shape[1]))
     if width <= UNROLL:
       sums = add(sums, ids, values)
     else:
 
       def follow(number, sums):
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, number * UNROLL, UNROLL)
+        size = UNROLL * HEIGHT
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, number * size, size)
         return add(sums, cut(ids), cut(values))
 
       sums = jax.lax.fori_loop(0, width // UNROLL, follow, sums)
@@ -124,6 +127,7 @@ def cut(
     at = part[inside], slice_[inside] - members[0], slot[inside], lane[inside]
     run = np.zeros(shape, np.int32), np.zeros(shape, values.dtype)
     run[0][at], run[1][at] = ids[inside], values[inside]
+    run = tuple(x.reshape(*shape[:2], -1) for x in run)
     for kept, new in zip(found, (*run, padded[:, members]), strict=True):
       kept.append(new)
   return Sliced(*map(tuple, found))
