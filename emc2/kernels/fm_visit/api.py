@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from emc2 import mesh
 from emc2.kernels import lowering
@@ -15,10 +16,10 @@ _KERNELS = {
 
 
 def gradient(
-  cell: reference.Bags | jax.Array,
-  multipliers: jax.Array,
-  sums: jax.Array,
-  factors: jax.Array,
+  cell: reference.Bags | jax.typing.ArrayLike,
+  multipliers: jax.typing.ArrayLike,
+  sums: jax.typing.ArrayLike,
+  factors: jax.typing.ArrayLike,
   *,
   implementation: str = 'auto',
 ) -> tuple[jax.Array, jax.Array]:
@@ -63,6 +64,9 @@ def gradient(
     2020, https://arxiv.org/abs/2004.13940; Rendle, Factorization Machines,
     2010, equation 4.
   """
+  cell, multipliers, sums, factors = jax.tree.map(
+    jnp.asarray, (cell, multipliers, sums, factors)
+  )
   num_rows = multipliers.shape[0]
   if sums.ndim != 2 or factors.ndim != 2 or sums.shape[0] != num_rows:
     raise ValueError(
@@ -82,10 +86,10 @@ def gradient(
 
 
 def accumulate(
-  cell: reference.Bags | jax.Array,
-  linear: jax.Array,
-  squares: jax.Array,
-  factors: jax.Array,
+  cell: reference.Bags | jax.typing.ArrayLike,
+  linear: jax.typing.ArrayLike,
+  squares: jax.typing.ArrayLike,
+  factors: jax.typing.ArrayLike,
   num_rows: int,
   *,
   implementation: str = 'auto',
@@ -117,6 +121,9 @@ def accumulate(
     >>> sums.tolist(), rest.tolist()
     ([[3.0]], [0.5])
   """
+  cell, linear, squares, factors = jax.tree.map(
+    jnp.asarray, (cell, linear, squares, factors)
+  )
   num_features = factors.shape[0]
   if linear.shape != (num_features,) or squares.shape != (num_features,):
     raise ValueError(
