@@ -1,8 +1,8 @@
-"""Sparse matrices in slices of equal width, and their products.
+"""Sparse matrices in slices of few widths, and their products.
 
-Rows lie side by side in slices of 8, as wide as the longest of them, so that a
-product reads whole rows of the other matrix and adds them up in the cache. The
-layout is known as SELL-C-sigma.
+Rows of about equal length lie side by side, and each step of a product reads
+whole rows of the other matrix and adds them up in the cache. The layout is
+known as SELL-C-sigma; long rows are cut, so that there are few widths.
 """
 
 from typing import Any, NamedTuple
@@ -16,17 +16,17 @@ from emc2 import mesh as mesh_lib
 HEIGHT = 8
 """Rows of a slice: their sums stay in the first-level cache."""
 
-UNROLL = 8
+WIDTHS = (8, 4, 2, 1)
+"""Entries of each row of a slice; what is longer is several slices."""
 
 
 class Sliced(NamedTuple):
-  """Sparse matrices (R, C) of equal shapes, rows in falling order of length.
+  """Sparse matrices (R, C) of equal shapes.
 
-  Slices of one width lie together; shapes, not values, say how matrices are
-  cut, so all of a stack share them.
+  Shapes, not values, say how matrices are cut, so all of a stack share them.
   """
 
-  # A last axis as short as HEIGHT would be padded to 128 on a TPU.
+  # By width. A last axis as short as HEIGHT would be padded to 128 on a TPU.
   ids: tuple[Any, ...]  # Each (..., slices, width * HEIGHT), int32: columns.
   values: tuple[Any, ...]  # Each likewise, float32; 0 in the padding.
   rows: tuple[Any, ...]  # Each (..., slices, HEIGHT), int32; R for no row.
@@ -50,27 +50,13 @@ def add_matmul(total: jax.Array, matrix: Sliced, table: jax.Array) -> jax.Array:
   """
   total, table, _ = mesh_lib.vary_alike(total, table, matrix.ids[0])
 
-  def add(sums, ids, values):
-    for i in range(ids.shape[0] // HEIGHT):
-      lanes = slice(i * HEIGHT, (i + 1) * HEIGHT)
-      found = table.at[ids[lanes]].get(mode='promise_in_bounds')
-      sums += values[lanes, None] * found
-    return sums
-
   def multiply(total, slice_):
     ids, values, rows = slice_
-    width = ids.shape[0] // HEIGHT
     sums = jnp.zeros_like(total, shape=(HEIGHT, table.shape[1]))
-    if width <= UNROLL:
-      sums = add(sums, ids, values)
-    else:
-
-      def follow(number, sums):
-        size = UNROLL * HEIGHT
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, number * size, size)
-        return add(sums, cut(ids), cut(values))
-
-      sums = jax.lax.fori_loop(0, width // UNROLL, follow, sums)
+    for start in range(0, len(ids), HEIGHT):
+      lanes = slice(start, start + HEIGHT)
+      found = table.at[ids[lanes]].get(mode='promise_in_bounds')
+      sums += values[lanes, None] * found
     return total.at[rows].add(sums, mode='drop', unique_indices=True), None
 
   for slices in zip(matrix.ids, matrix.values, matrix.rows, strict=True):
@@ -101,42 +87,38 @@ def cut(
   """
   place = parts.astype(np.int64) * num_rows + rows
   lengths = np.bincount(place, minlength=num_parts * num_rows)
-  lengths = lengths.reshape(num_parts, num_rows)
-  # The rows of each part, long before short; where each row has come to lie.
-  order = np.argsort(-lengths, axis=1, kind='stable')
-  rank = np.argsort(order, axis=1)
-  num_slices = max(1, -(-int(np.max(np.sum(lengths > 0, 1))) // HEIGHT))
-  padded = np.full((num_parts, num_slices * HEIGHT), num_rows, np.int32)
-  kept = min(num_rows, num_slices * HEIGHT)
-  padded[:, :kept] = order[:, :kept]
-  padded = padded.reshape(num_parts, num_slices, HEIGHT)
-  longest = np.max(np.take_along_axis(lengths, order, 1)[:, ::HEIGHT], 0)
-  widths = _round_up(longest[:num_slices])
-
   by_row = np.argsort(place, kind='stable')
   place, ids, values = place[by_row], ids[by_row], values[by_row]
-  first = np.cumsum(lengths.reshape(-1)) - lengths.reshape(-1)
-  slot = np.arange(len(place)) - first[place]
-  part = place // num_rows
-  slice_, lane = np.divmod(rank.reshape(-1)[place], HEIGHT)
+  slot = np.arange(len(place)) - (np.cumsum(lengths) - lengths)[place]
+  part, row = np.divmod(place, num_rows)
+
+  # The rows of each part, long before short, and where each has come to lie.
+  lengths = lengths.reshape(num_parts, num_rows)
+  order = np.argsort(-lengths, axis=1, kind='stable')
+  rank = np.argsort(order, axis=1)
+  group, lane = np.divmod(rank[part, row], HEIGHT)
+  num_groups = -(-num_rows // HEIGHT)
+  padded = np.full((num_parts, num_groups * HEIGHT), num_rows, np.int32)
+  padded[:, :num_rows] = order
+  padded = padded.reshape(num_parts, num_groups, HEIGHT)
+  longest = np.take_along_axis(lengths, order, axis=1)[:, ::HEIGHT].max(axis=0)
+
   found = [], [], []
-  for width in np.unique(widths)[::-1]:
-    members = np.flatnonzero(widths == width)
-    shape = (num_parts, len(members), width, HEIGHT)
-    inside = widths[slice_] == width
-    at = part[inside], slice_[inside] - members[0], slot[inside], lane[inside]
+  for width in WIDTHS:
+    if width == WIDTHS[0]:
+      counts = -(-longest // width)
+      counts[longest <= WIDTHS[1]] = 0
+    else:
+      counts = ((longest <= width) & (longest > width // 2)).astype(int)
+    # Groups of rows, as often as they are wide.
+    groups = np.repeat(np.arange(num_groups), counts)
+    inside = counts[group] > 0
+    cut_, column = np.divmod(slot[inside], width)
+    slice_ = (np.cumsum(counts) - counts)[group[inside]] + cut_
+    at = part[inside], slice_, column * HEIGHT + lane[inside]
+    shape = num_parts, len(groups), width * HEIGHT
     run = np.zeros(shape, np.int32), np.zeros(shape, values.dtype)
     run[0][at], run[1][at] = ids[inside], values[inside]
-    run = tuple(x.reshape(*shape[:2], -1) for x in run)
-    for kept, new in zip(found, (*run, padded[:, members]), strict=True):
+    for kept, new in zip(found, (*run, padded[:, groups]), strict=True):
       kept.append(new)
   return Sliced(*map(tuple, found))
-
-
-def _round_up(lengths):
-  """To few widths with little padding, that `UNROLL` divides beyond itself."""
-  steps = [1, 2, 3, 4, 6, UNROLL, 2 * UNROLL]
-  while steps[-1] < lengths.max(initial=1):
-    steps += [3 * steps[-1] // 2, 2 * steps[-1]]
-  steps = np.array(steps)
-  return steps[np.searchsorted(steps, np.maximum(lengths, 1))]
