@@ -190,7 +190,7 @@ def init(
   zeros, table = jnp.zeros_like(batch.weights), ()
   if settings.refresh == 'table':
     sizes = _block_sizes(batch)
-    table = zeros[:, None] + jnp.log(sizes.astype(dtype))[:, None, None]
+    table = zeros[:, None] + jnp.log(sizes.astype(dtype))[None, :, None, None]
   inner = ()
   if settings.inner is not None:
     inner = jax.vmap(settings.inner.init)(weights)
