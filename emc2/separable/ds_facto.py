@@ -158,7 +158,7 @@ def step(
   losses, slopes = _losses(settings.loss, scores + state.bias, cells.labels)
   add = lambda x: jnp.sum(cells.present * x, axis=(1, 2))
   totals = jnp.stack([add(losses), add(slopes)], axis=1)
-  loss, slope = _add_workers(totals, mesh) / cells.num_rows[0]
+  loss, slope = _add_workers(totals / cells.num_rows[:, None], mesh)
   bias = state.bias
   if fit_bias:
     bias -= jnp.asarray(_step_size(settings, state.count), bias.dtype) * slope
@@ -166,7 +166,12 @@ def step(
   given = to_ring(state._replace(bias=bias), cells, settings)
   residents, _, blocks = _run(parts, *given, mesh)
   new = from_ring(state, residents, blocks)
-  new = new._replace(bias=bias, lowest=jnp.minimum(state.lowest, loss))
+  new = new._replace(
+    bias=bias,
+    lowest=jnp.minimum(state.lowest, loss),
+    # Not a worker's count, which would have to be sent to the others.
+    count=state.count + 1,
+  )
   diverged = ~jnp.isfinite(loss) | (loss > EXPLODED * state.lowest)
   return new, Info(loss=loss, diverged=diverged)
 
