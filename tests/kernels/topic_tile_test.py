@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import parameterized
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from emc2.kernels import lowering
+from emc2.kernels import hopper, lowering
 from emc2.kernels.topic_tile import (
   pallas_gpu,
   pallas_tpu,
@@ -409,7 +409,7 @@ class GpuKernelTest(parameterized.TestCase):
 
   def test_matches_float64(self):
     # One pass of two warpgroups to a block, and one of two parts.
-    self.enter_context(mock.patch.object(pallas_gpu, '_MIN_TILES', 1))
+    self.enter_context(mock.patch.object(hopper, 'MIN_TILES', 1))
     self.assertEqual(pallas_gpu._plan(70, 40, 64), (2, 1, 1, 1))
     self.assertEqual(pallas_gpu._plan(40, 70, 64), (1, 1, 1, 2))
     args = problem(70, 40, 6, 'uint8')
@@ -432,7 +432,7 @@ class GpuKernelTest(parameterized.TestCase):
 
   def test_parts_add_up(self):
     x = problem(64, 1, 16)[0]
-    parts = jax.jit(pallas_gpu._split)(x)
+    parts = jax.jit(hopper.split, static_argnums=1)(x, 3)
     total = sum(np.asarray(part, np.float64) for part in parts)
     np.testing.assert_array_equal(total, np.asarray(x, np.float64))
     # None of them is left out by the compiler.

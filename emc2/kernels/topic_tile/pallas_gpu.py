@@ -8,10 +8,9 @@ registers, where a tile of scores lives and dies; a further warpgroup streams
 the weights of the others, and the counts, through the bulk copy engine. Where
 blocks are too few for the chip, parts of the stream go to blocks of their own.
 
-The matrix units take 16 bits. A weight is split into the three bfloat16 numbers
-that add up to it, and six of the nine products are summed: all that float32
-keeps, at the price of three products of the units' own TF32, which would take
-the operands of the second product in one order only.
+Weights are split into three parts, and six of the nine products are summed: all
+that float32 keeps, at the price of three products of the units' own TF32, which
+would take the operands of the second product in one order only.
 """
 
 import functools
@@ -21,15 +20,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from emc2.kernels import lowering
+from emc2.kernels import hopper, lowering
 from emc2.kernels.topic_tile import reference
 
-_PROCESSORS = 132
 _SHARED_BYTES = 219 * 1024  # Of 227 KiB; the rest is for barriers.
-_HELD = 64  # Rows that a warpgroup's matrix instruction takes.
-_STREAMED = 64
-_MIN_TILES = 4  # Of a part; fewer do not repay its start.
-_BLOCKS = 4 * _PROCESSORS  # Enough to keep all of them evenly busy.
 _PARTS = 3  # Numbers of 16 bits to a weight.
 # A warpgroup accumulates its rows in registers: 128 a thread for 64 x 256.
 _MAX_TOPICS = 256
@@ -50,72 +44,16 @@ def _plan(n, m, topics):
   weights = 2 * _PARTS * topics
 
   def fits(groups, flight):
-    held = groups * _HELD
-    tile = _STREAMED * (weights + 4 * held)
+    held = groups * hopper.HELD
+    tile = hopper.STREAMED * (weights + 4 * held)
     return held * weights + flight * tile <= _SHARED_BYTES
 
   # Two groups halve the traffic of what is streamed. Above 128 topics there is
   # room for one tile alone, and its copy is waited for.
-  plans = ((2, 2), (1, 2)) if n > _HELD else ((1, 2),)
+  plans = ((2, 2), (1, 2)) if n > hopper.HELD else ((1, 2),)
   groups, flight = next((p for p in plans if fits(*p)), (1, 1))
-  tiles = pl.cdiv(m, _STREAMED)
-  parts = pl.cdiv(_BLOCKS, pl.cdiv(n, groups * _HELD))
-  steps = pl.cdiv(tiles, min(parts, pl.cdiv(tiles, _MIN_TILES)))
-  return groups, min(flight, steps), steps, pl.cdiv(tiles, steps)
-
-
-def _split(x):
-  """Three bfloat16 arrays that add up to x, outside a kernel."""
-  parts = []
-  for _ in range(_PARTS):
-    # XLA may drop a cast to bfloat16 and back, and with it the lower parts.
-    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    parts.append(high.astype(jnp.bfloat16))
-    x = x - high
-  return parts
-
-
-def _split_in_registers(x):
-  parts = []
-  for _ in range(_PARTS):
-    parts.append(x.astype(jnp.bfloat16))
-    x = x - parts[-1].astype(jnp.float32)
-  return parts
-
-
-def _pairs(xs, ys):
-  """The products of parts that float32 keeps, the least first."""
-  pairs = [(i, j) for i in range(_PARTS) for j in range(_PARTS - i)]
-  return [(xs[i], ys[j]) for i, j in sorted(pairs, key=sum, reverse=True)]
-
-
-def _scores(xs, ys, interpret):
-  """Inner products of the rows of two tiles, in registers."""
-  if interpret:
-    dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    return sum(dot(x[...], y[...].T) for x, y in _pairs(xs, ys))
-
-  def compute(acc_ref):
-    for x, y in _pairs(xs, ys):
-      plgpu.wgmma(acc_ref, x, y.transpose((1, 0)))
-    return acc_ref[...]
-
-  shape = (xs[0].shape[0], ys[0].shape[0])
-  return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
-
-
-def _accumulate(acc, pulls, ys, interpret):
-  """Adds pulls, in registers, times y, in shared memory."""
-  pairs = _pairs(_split_in_registers(pulls), ys)
-  if interpret:
-    dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    return acc + sum(dot(r, y[...]) for r, y in pairs)
-
-  def compute(acc_ref):
-    for r, y in pairs:
-      plgpu.wgmma(acc_ref, r, y)
-
-  return pl.run_state(compute)(plgpu.ACC.init(acc))
+  steps, parts = hopper.shares(pl.cdiv(n, groups * hopper.HELD), m)
+  return groups, min(flight, steps), steps, parts
 
 
 def _pull(x, y, counts, log_likelihood, name, interpret):
@@ -135,12 +73,12 @@ def _pull(x, y, counts, log_likelihood, name, interpret):
   (n, m), k = counts.shape, x.shape[1]
   topics = pl.cdiv(k, 64) * 64
   groups, flight, steps, parts = _plan(n, m, topics)
-  held, share = groups * _HELD, steps * _STREAMED
+  held, share = groups * hopper.HELD, steps * hopper.STREAMED
   pad = lambda a, rows, columns: jnp.pad(
     a, ((0, -a.shape[0] % rows), (0, -a.shape[1] % columns))
   )
-  xs = _split(pad(x, held, 64))
-  ys = _split(pad(y, share * parts, 64))
+  xs = hopper.split(pad(x, held, 64), _PARTS)
+  ys = hopper.split(pad(y, share * parts, 64), _PARTS)
   counts = pad(counts.astype(jnp.float32), held, share * parts)
   rows = counts.shape[0]
   out = [jax.ShapeDtypeStruct((parts, rows, topics), jnp.float32)]
@@ -155,25 +93,25 @@ def _pull(x, y, counts, log_likelihood, name, interpret):
     (barriers,) = refs
     group, part = jax.lax.axis_index('wg'), jax.lax.axis_index('part')
     block = jax.lax.axis_index('block')
-    own = pl.ds((block * groups + group) * _HELD, _HELD)
+    own = pl.ds((block * groups + group) * hopper.HELD, hopper.HELD)
 
     def context(pipeline):
       for ref, smem in zip(x_refs, x_smems, strict=True):
         plgpu.copy_gmem_to_smem(ref.at[own], smem.at[group], barriers.at[group])
       plgpu.barrier_wait(barriers.at[group])
-      carry = [jnp.zeros((_HELD, topics), jnp.float32)]
+      carry = [jnp.zeros((hopper.HELD, topics), jnp.float32)]
       if log_likelihood:
-        carry.append(jnp.zeros((_HELD,), jnp.float32))
+        carry.append(jnp.zeros((hopper.HELD,), jnp.float32))
       for result, ref in zip(pipeline(tuple(carry)), out_refs, strict=True):
         ref[part, own] = result
 
     def step(_, *args):
       *y_tile, count_tile, (acc, *logs) = args
       mine = [smem.at[group] for smem in x_smems]
-      scores = _scores(mine, y_tile, interpret)
-      tile = count_tile[pl.ds(group * _HELD, _HELD), :]
-      pulls = reference.ratio(tile, scores)
-      acc = _accumulate(acc, pulls, y_tile, interpret)
+      scores = hopper.inner_products(mine, y_tile, interpret)
+      tile = count_tile[pl.ds(group * hopper.HELD, hopper.HELD), :]
+      pulls = hopper.split_in_registers(reference.ratio(tile, scores), _PARTS)
+      acc = hopper.accumulate(acc, pulls, y_tile, interpret)
       if log_likelihood:
         terms = reference.log_terms(tile, scores)
         logs = [logs[0] + jnp.sum(terms, axis=1)]
@@ -188,11 +126,15 @@ def _pull(x, y, counts, log_likelihood, name, interpret):
       wg_axis='wg',
       compute_context=context,
       in_specs=[
-        plgpu.BlockSpec((_STREAMED, topics), lambda j: (part * steps + j, 0))
+        plgpu.BlockSpec(
+          (hopper.STREAMED, topics), lambda j: (part * steps + j, 0)
+        )
       ]
       * _PARTS
       + [
-        plgpu.BlockSpec((held, _STREAMED), lambda j: (block, part * steps + j))
+        plgpu.BlockSpec(
+          (held, hopper.STREAMED), lambda j: (block, part * steps + j)
+        )
       ],
     )(*y_refs)
 
@@ -200,7 +142,7 @@ def _pull(x, y, counts, log_likelihood, name, interpret):
     entry,
     out_type=out,
     scratch_types=[
-      *[plgpu.SMEM((groups, _HELD, topics), jnp.bfloat16)] * _PARTS,
+      *[plgpu.SMEM((groups, hopper.HELD, topics), jnp.bfloat16)] * _PARTS,
       plgpu.Barrier(num_arrivals=_PARTS, num_barriers=groups),
     ],
     grid=(parts, rows // held),
@@ -213,9 +155,7 @@ def _pull(x, y, counts, log_likelihood, name, interpret):
     ),
     interpret=interpret,
   )(*xs, *ys, counts)
-  # The kernel forgets over which mesh axes its arguments vary.
-  axes = tuple(sorted(jax.typeof(x).manual_axis_type.varying))
-  outs = jax.lax.pcast(outs, axes, to='varying') if axes else outs
+  outs = hopper.vary_like(outs, x)
   sums, *logs = (jnp.sum(o, axis=0)[:n] for o in outs)
   return sums[:, :k], *logs
 
