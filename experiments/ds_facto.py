@@ -61,13 +61,13 @@ MODES = ds_facto.MODES
 
 INNER = ('none', 'adagrad', 'adam')
 
-EXECUTORS = ('virtual', 'mesh')
-
 GENERATED = {'num_rows': 8_000, 'num_test': 2_000}
 """Further arguments of :func:`generated.interactions`."""
 
 CRITEO = simulate.Workload(
-  operations=(4 * 128 + 8) * 4.37e9 * 39, size=4e9 * (128 + 1), units=10**9
+  operations=(4 * 128 + 8) * 39 * 4_370_000_000,
+  size=4 * (128 + 1) * 10**9,
+  units=10**9,
 )
 """A pass over Criteo-tera: 39 of 1e9 features in each of 4.37e9 rows, K = 128.
 
@@ -133,7 +133,7 @@ def check(config: Config) -> list[int]:
   for name, allowed in (
     ('loss', ('', *fm_cells.LOSSES)),
     ('inner', ('', *INNER)),
-    ('executor', EXECUTORS),
+    ('executor', ring_costs.EXECUTORS),
     ('mode', MODES),
   ):
     value = getattr(config, name)
@@ -406,19 +406,15 @@ def run(config: Config, workdir: epath.Path) -> dict[str, float]:
 
 def measure(config: Config, data: Data) -> dict[int, float]:
   """Seconds of a pass on 1, 2, 4, ... devices, a worker on each."""
-  seconds = {}
-  for count in ring_costs.device_counts():
+
+  def make(count):
     executor = 'mesh' if count > 1 else 'virtual'
-    method = make_method(
-      dataclasses.replace(config, executor=executor), data, count
-    )
-    state = method.init(jax.random.key(config.seed))
-    seconds[count] = ring_costs.seconds_per_pass(
-      lambda key, state, cells, step=method.step: step(key, state, (0, cells)),
-      state,
-      method.cells,
-    )
-  return seconds
+    changed = dataclasses.replace(config, executor=executor)
+    method = make_method(changed, data, count)
+    return method.step, method.init(jax.random.key(config.seed)), method.cells
+
+  most = data.train.rows.num_features // config.slots
+  return ring_costs.measured(make, min(most, data.train.num_rows))
 
 
 if __name__ == '__main__':

@@ -12,6 +12,9 @@ import numpy as np
 from emc2 import mesh as mesh_lib
 from emc2.ring import simulate
 
+EXECUTORS = ('virtual', 'mesh')
+"""All workers on one device, or a device for each."""
+
 COUNTS = (1, 8, 64, 512, 4096)
 """Workers of simulated rings."""
 
@@ -101,6 +104,26 @@ def due_passes(num_passes: int, evaluations: int) -> set[int]:
   return {0, num_passes, *np.round(due).astype(int).tolist()}
 
 
+def measured(
+  make: Callable[[int], tuple[Callable, Any, Any]], most: int
+) -> dict[int, float]:
+  """Times passes on 1, 2, 4, ... devices, a worker on each.
+
+  Args:
+    make: Of the number of devices, the step of :func:`runner.train`, a state
+      and the constants.
+    most: Devices.
+
+  Returns:
+    Seconds of a pass by the number of devices.
+  """
+  seconds = {}
+  for count in device_counts():
+    if count <= most:
+      seconds[count] = seconds_per_pass(*make(count))
+  return seconds
+
+
 def seconds_per_pass(
   step: Callable[[jax.Array, Any, Any], Any],
   state: Any,
@@ -111,7 +134,7 @@ def seconds_per_pass(
   """Times passes, each from the same state, once all is compiled.
 
   Args:
-    step: `(key, state, constants) -> (state, info)`.
+    step: `(key, state, (number, constants)) -> (state, info)`.
     state: Placed as the passes shall find it.
     constants: Likewise.
     least: Seconds that the measurement takes at least; a pass is timed three
@@ -121,11 +144,11 @@ def seconds_per_pass(
     The median, in seconds.
   """
   step, key = jax.jit(step), jax.random.key(0)
-  jax.block_until_ready(step(key, state, constants))
+  jax.block_until_ready(step(key, state, (0, constants)))
   times, end = [], time.perf_counter() + least
   while len(times) < 3 or time.perf_counter() < end:
     start = time.perf_counter()
-    jax.block_until_ready(step(key, state, constants))
+    jax.block_until_ready(step(key, state, (0, constants)))
     times.append(time.perf_counter() - start)
   return float(np.median(times))
 

@@ -123,7 +123,7 @@ def draw_speed_ups(
   axis.set_yscale('log', base=8)
   axis.xaxis.set_major_formatter('{x:g}')
   axis.yaxis.set_major_formatter('{x:g}')
-  axis.set_ylim(0.4, 1.4 * most)
+  axis.set_ylim(min(0.5, *measured.values()) / 1.5, 1.5 * most)
   axis.set_xlabel('workers (lines are simulated)')
   axis.set_ylabel('speed-up over one worker')
   axis.legend(frameon=False, fontsize=8)

@@ -65,6 +65,25 @@ def take(examples: Examples, numbers: np.ndarray) -> Examples:
   )
 
 
+def with_constant(examples: Examples) -> Examples:
+  """The examples with a last feature that is 1 in all rows.
+
+  Examples:
+    >>> rows = rows_lib.from_dense(np.array([[0, 2.0], [3, 0]]))
+    >>> with_constant(Examples(rows, np.arange(2))).rows.to_dense().tolist()
+    [[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]]
+  """
+  rows = examples.rows
+  ends = rows.starts[1:]
+  shifted = rows_lib.SparseRows(
+    starts=rows.starts + np.arange(rows.num_rows + 1),
+    ids=np.insert(rows.ids, ends, rows.num_features),
+    values=np.insert(rows.values, ends, 1),
+    num_features=rows.num_features + 1,
+  )
+  return dataclasses.replace(examples, rows=shifted)
+
+
 def split(
   examples: Examples, held_out: float = 0.2, *, seed: int = 0
 ) -> tuple[Examples, Examples]:

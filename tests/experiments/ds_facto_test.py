@@ -313,7 +313,7 @@ class RingCostsTest(parameterized.TestCase):
 
     def step(key, state, constants):
       calls.append(1)
-      return state + constants, {}
+      return state + constants[1], {}
 
     one = jax.numpy.ones(())
     found = ring_costs.seconds_per_pass(step, one, one, least=0.0)
