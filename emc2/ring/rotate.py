@@ -80,6 +80,12 @@ def rotate(
         f'{schedule.numbers.shape[-1]} workers and {here} blocks on each.'
       )
     return _follow(visit, resident, kept, blocks, axis_name, schedule)
+  if width == here == 1:  # No loop, whose carry would be copied.
+    number = jnp.zeros([], jnp.int32)
+    own, block = _read(kept, 0), _read(blocks, 0)
+    resident, own, block = visit(resident, own, block, number)
+    add = lambda tree: jax.tree.map(lambda x: x[None], tree)
+    return resident, add(own), add(block)
   overlaps = width > 1 and here > 1
   routes = [(i, (i - 1) % width) for i in range(width)]
 

@@ -3,7 +3,8 @@ r"""Coordinates in which softmax regression is well conditioned.
 Where probabilities are small, the objective's curvature along the weights of
 class k is about :math:`\pi_k \Sigma + \lambda`, with the class's share of rows
 :math:`\pi_k` and the second moments :math:`\Sigma` of the features. A few
-frequent features hold most of it.
+frequent features hold most of it. Along a shift of all classes there is none
+but the ridge's, and at the optimum :math:`\sum_k w_k = 0`.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ class Whitening(NamedTuple):
 
   basis: Any  # (R, R): eigenvectors of the first features' second moments.
   moments: Any  # (D,): eigenvalues of the first R, mean squares of the others.
-  shares: Any  # (Q, K / Q): of the rows, of each class; 0 for padding.
+  shares: Any  # (Q, K / Q): of the rows, of each class; 0 for no class.
   ridge: Any  # ().
 
 
@@ -85,14 +86,18 @@ def fit(
 
 
 def unwhiten(whitening: Whitening, coordinates: jax.Array) -> jax.Array:
-  """Weights (Q, D, K / Q) of coordinates of the same shape.
+  """Weights (Q, D, K / Q) of coordinates of the same shape, linearly.
 
-  It is linear, acts on each class by itself, and so goes with any split of the
-  blocks over a ring.
+  Each class is scaled by itself; then the mean over all classes, D numbers, is
+  taken from each.
   """
   basis, moments, shares, ridge = whitening
   curvature = moments[None, :, None] * shares[:, None, :] + ridge
   weights = coordinates * jax.lax.rsqrt(curvature.astype(coordinates.dtype))
+  present = (shares > 0)[:, None, :]
+  weights = jnp.where(present, weights, 0)
+  mean = jnp.sum(weights, axis=(0, 2)) / jnp.sum(present, dtype=weights.dtype)
+  weights = jnp.where(present, weights - mean[None, :, None], 0)
   rank = basis.shape[0]
   if not rank:
     return weights
