@@ -71,7 +71,7 @@ class Resident(NamedTuple):
 
 
 def inverse_sqrt(
-  step_size: float = 1.0, decay: float = 0.5
+  step_size: jax.typing.ArrayLike = 1.0, decay: jax.typing.ArrayLike = 0.5
 ) -> Callable[[jax.Array], jax.Array]:
   r"""The schedule :math:`\eta_t = \eta_0 / (1 + t)^d` of passes t.
 
@@ -600,7 +600,8 @@ def _order(settings, resident, number):
 
 def _minibatch(batch, place):
   return jax.tree.map(
-    lambda x: x[place], (batch.features, batch.labels, batch.weights)
+    lambda x: jnp.asarray(x)[place],
+    (batch.features, batch.labels, batch.weights),
   )
 
 
