@@ -119,10 +119,10 @@ class ReferenceTest(parameterized.TestCase):
     args = problem(400, 30, 8)
     cell = bags(args[0].T, 4, False)
 
-    def fn(slopes, sums):
+    def fn(cell, slopes, sums):
       return fm_visit.gradient(cell, jnp.tanh(slopes), sums, args[5])
 
-    text = jax.jit(fn).lower(args[1], args[2]).compile().as_text()
+    text = jax.jit(fn).lower(cell, args[1], args[2]).compile().as_text()
     fused = [x for x in text.split('\n}\n') if '%fused' in x.split('{')[0]]
     self.assertTrue(any('gather(' in x for x in fused))
     for computation in fused:
