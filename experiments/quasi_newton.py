@@ -1,4 +1,4 @@
-"""L-BFGS over an objective whose gradient is dear and whose value comes with it.
+"""L-BFGS over an objective whose gradient is dear and brings the value along.
 
 `optax.lbfgs` keeps value and gradient of the last point in its state, so a step
 costs what its line search asks: one evaluation, once the scale is known.
