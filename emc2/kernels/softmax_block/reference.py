@@ -26,7 +26,7 @@ class Scored(NamedTuple):
   label_scores: jax.Array  # (n,).
 
 
-def reference(
+def visit(
   features: jax.Array,
   weights: jax.Array,
   normalizers: jax.Array,
@@ -37,35 +37,39 @@ def reference(
   normalizer: str,
 ) -> Visit:
   """See :func:`emc2.kernels.softmax_block.softmax_block`."""
+  wide = _widen(weights)
 
-  def visit(total, tile):
+  def step(total, tile):
     x, normalizers, labels, row_weights = tile
+    x = x.astype(wide.dtype)
     errors, scored = compare(
-      x @ weights, normalizers, labels, row_weights, num_valid, normalizer
+      _matmul(x, wide), normalizers, labels, row_weights, num_valid, normalizer
     )
-    return total + x.T @ errors, scored
+    return total + _matmul(x.T, errors), scored
 
   tiles = features, normalizers, labels, row_weights
   gradient, scored = _over_tiles(
-    visit, jnp.zeros_like(weights), tiles, weights.shape[1]
+    step, jnp.zeros_like(wide), tiles, weights.shape[1]
   )
-  return Visit(gradient, *scored)
+  return Visit(gradient.astype(weights.dtype), *scored)
 
 
-def reference_scores(
+def score(
   features: jax.Array,
   weights: jax.Array,
   labels: jax.Array,
   num_valid: jax.Array,
 ) -> Scored:
   """See :func:`emc2.kernels.softmax_block.score_block`."""
+  wide = _widen(weights)
 
-  def visit(total, tile):
+  def step(total, tile):
     x, labels = tile
-    return total, summarize(x @ weights, labels, num_valid)[1]
+    scores = _matmul(x.astype(wide.dtype), wide)
+    return total, summarize(scores, labels, num_valid)[1]
 
   tiles = features, labels
-  return _over_tiles(visit, (), tiles, weights.shape[1])[1]
+  return _over_tiles(step, (), tiles, weights.shape[1])[1]
 
 
 def summarize(
@@ -73,6 +77,7 @@ def summarize(
 ) -> tuple[jax.Array, Scored]:
   """Scores (n, K) with padded classes at -inf, and what rows keep of them."""
   classes = jnp.arange(scores.shape[1], dtype=jnp.int32)
+  labels = within(labels, num_valid)
   scores = jnp.where((classes < num_valid)[None], scores, -jnp.inf)
   largest = jnp.max(scores, axis=1)
   shift = jnp.where(jnp.isfinite(largest), largest, 0)
@@ -94,9 +99,15 @@ def compare(
   scores, scored = summarize(scores, labels, num_valid)
   normalizers = normalize(normalizers, scored.logsumexp, normalizer)
   classes = jnp.arange(scores.shape[1], dtype=jnp.int32)
+  labels = within(labels, num_valid)
   chosen = (labels[:, None] == classes[None]).astype(scores.dtype)
   errors = jnp.exp(scores - normalizers[:, None]) - chosen
   return row_weights[:, None] * errors, scored
+
+
+def within(labels: jax.Array, num_valid: jax.Array) -> jax.Array:
+  """Labels, and -1 for those that no class of the block has."""
+  return jnp.where(labels < num_valid, labels, -1)
 
 
 def normalize(
@@ -105,9 +116,19 @@ def normalize(
   """The log-normaliser that a visit uses, by its mode."""
   if normalizer == 'frozen':
     return normalizers
-  if normalizer == 'floor':
-    return jnp.maximum(normalizers, logsumexp)
-  return jnp.logaddexp(normalizers, logsumexp)
+  join = jnp.maximum if normalizer == 'floor' else jnp.logaddexp
+  found = join(normalizers, logsumexp)
+  # A row that no class is known to has no probabilities, and no NaN.
+  return jnp.where(found == -jnp.inf, 0, found)
+
+
+def _widen(weights):
+  return weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+
+
+def _matmul(x, y):
+  # A score of 16 bits errs by too much for a logarithm of many of them.
+  return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def _over_tiles(visit, total, arrays, width):
