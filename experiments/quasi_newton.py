@@ -23,19 +23,20 @@ def lbfgs(
     memory: Pairs of differences that are kept, at least 1.
 
   Returns:
-    `init(params) -> state` and `step(params, state, *args) -> (params, state,
-    value)`, the value being that of the new parameters; it is jitted, and takes
-    over the memory of `params` and `state`.
+    `init(params, *args) -> state`, which evaluates once, and `step(params,
+    state, *args) -> (params, state, value)`, the value being that of the new
+    parameters. Both are jitted; `step` takes over the memory of `params` and
+    `state`.
 
   Raises:
     ValueError: If `memory` is below 1.
 
   Examples:
     >>> init, step = lbfgs(lambda x, a: jnp.sum((x - a) ** 2))
-    >>> x = jnp.zeros(3)
-    >>> state = init(x)
+    >>> x, target = jnp.zeros(3), jnp.arange(3.0)
+    >>> state = init(x, target)
     >>> for _ in range(3):
-    ...   x, state, value = step(x, state, jnp.arange(3.0))
+    ...   x, state, value = step(x, state, target)
     >>> bool(value < 1e-12)
     True
   """
@@ -43,26 +44,28 @@ def lbfgs(
     raise ValueError(f'memory must be at least 1, got {memory}.')
   tx = optax.lbfgs(memory_size=memory)
 
-  def init(params):
+  @jax.jit
+  def init(params, *args):
+    value, gradient = jax.value_and_grad(objective)(params, *args)
+    return optax.tree.set(tx.init(params), value=value, grad=gradient)
+
+  def copy_and_init(params, *args):
     # Leaves that share a buffer could not be donated.
-    return jax.tree.map(jnp.copy, tx.init(params))
+    return jax.tree.map(jnp.copy, init(params, *args))
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, state, *args):
-    value_fn = lambda params: objective(params, *args)
+    gradient = optax.tree.get(state, 'grad')
     with jax.numpy_dtype_promotion('standard'):  # Optax mixes dtypes.
-      value, gradient = optax.value_and_grad_from_state(value_fn)(
-        params, state=state
-      )
       updates, state = tx.update(
         gradient,
         state,
         params,
-        value=value,
+        value=optax.tree.get(state, 'value'),
         grad=gradient,
-        value_fn=value_fn,
+        value_fn=lambda params: objective(params, *args),
       )
     params = optax.apply_updates(params, updates)
-    return params, state, optax.tree_utils.tree_get(state, 'value')
+    return params, state, optax.tree.get(state, 'value')
 
-  return init, step
+  return copy_and_init, step

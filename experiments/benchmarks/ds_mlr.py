@@ -134,9 +134,11 @@ def solve(*, path, ridge, minibatches, steps):
 
   init, step = quasi_newton.lbfgs(objective)
   begin = time.perf_counter()
-  init, state = jax.jit(init), init(start)
+  state = init(start, batch, white)
   step = step.lower(start, state, batch, white).compile()
   compiled = time.perf_counter() - begin
+  with spent:
+    state = jax.block_until_ready(init(start, batch, white))
   point = start
   for _ in range(steps):
     with spent:
