@@ -483,7 +483,7 @@ def f_scores(
     predicted, jnp.ones_like(hits)
   )
   scores = 2 * count(labels, hits) / jnp.maximum(both, 1)
-  return jnp.mean(hits), jnp.sum(scores) / jnp.sum(both > 0)
+  return jnp.mean(hits), jnp.sum(scores) / jnp.sum(both > 0, dtype=float)
 
 
 def _rotations(settings):
@@ -531,8 +531,8 @@ def _update(settings, resident, own, block, number):
       table = table.at[number, place].set(found.logsumexp)
     elif settings.refresh == 'sgd':
       size = jnp.asarray(_step_size(settings, resident.count), given.dtype)
-      share = num_valid / settings.num_classes
-      slope = jnp.exp(found.logsumexp - given) - share.astype(given.dtype)
+      share = num_valid.astype(given.dtype) / settings.num_classes
+      slope = jnp.exp(found.logsumexp - given) - share
       normalizers = normalizers.at[place].set(given + size * slope)
     total = jnp.sum(row_weights)
     mean = gradient / jnp.maximum(total, TINY)
