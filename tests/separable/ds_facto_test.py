@@ -844,13 +844,21 @@ class TableTest(parameterized.TestCase):
   def test_diabetes_with_larger_steps(self, workers):
     self._diabetes(workers, 'incremental', 1.0)
 
-  def _diabetes(self, workers, mode, eta):
+  @parameterized.parameters(
+    ('two_pass', 1), ('two_pass', 2), ('two_pass', 5), ('fused', 1)
+  )
+  @pytest.mark.slow
+  def test_diabetes_diverges(self, mode, workers):
+    infos = self._train_diabetes(workers, mode, 1.0)[3]
+    self.assertTrue(infos.diverged.any())
+
+  def _train_diabetes(self, workers, mode, eta):
     x, y = datasets.load_diabetes(return_X_y=True)
     x = (x - x.mean(0)) / x.std(0) / np.sqrt(10)
     y = (y - y.mean()) / y.std()
     order = np.random.default_rng(0).permutation(442)
     rows, rest = order[:280], order[280:]
-    found = train(
+    found, *_, infos = train(
       x[rows],
       y[rows],
       oracle.first(10, 4),
@@ -860,8 +868,12 @@ class TableTest(parameterized.TestCase):
       ridge_linear=1e-3,
       ridge_factors=1e-3,
       cut=dict(num_workers=workers, steps_per_visit=10 // workers),
-    )[0]
-    loss = 0.5 * np.mean((oracle.scores(found, x[rows]) - y[rows]) ** 2)
+    )
+    return found, (x[rows], y[rows]), (x[rest], y[rest]), infos
+
+  def _diabetes(self, workers, mode, eta):
+    found, own, held_out, _ = self._train_diabetes(workers, mode, eta)
+    loss = 0.5 * np.mean((oracle.scores(found, own[0]) - own[1]) ** 2)
     self.assertAlmostEqual(loss, 0.227, delta=0.03)
-    errors = oracle.scores(found, x[rest]) - y[rest]
+    errors = oracle.scores(found, held_out[0]) - held_out[1]
     self.assertAlmostEqual(np.sqrt(np.mean(errors**2)), 0.703, delta=0.06)
