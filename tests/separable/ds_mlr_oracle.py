@@ -108,13 +108,16 @@ def travel(num_workers, slots):
 class Loops:
   """Visits one after another; minibatches in the order of the layout."""
 
-  def __init__(self, x, y, layout, *, refresh, ridge, eta, omega=None):
+  def __init__(
+    self, x, y, layout, *, refresh, ridge, eta, omega=None, momentum=0.0
+  ):
     self.x, self.y, self.refresh, self.ridge = x, y, refresh, ridge
-    self.eta, self.layout = eta, layout
+    self.eta, self.layout, self.momentum = eta, layout, momentum
     self.omega = np.ones(len(x)) if omega is None else omega
     self.blocks = [ids[ids >= 0] for ids in layout.class_ids]
     num_classes = layout.num_classes
     self.w = np.zeros((x.shape[1], num_classes))
+    self.velocity = np.zeros_like(self.w)
     self.u = np.full(len(x), np.log(num_classes))
     sizes = np.array([len(ids) for ids in self.blocks])
     self.table = np.tile(np.log(sizes), (len(x), 1))
@@ -166,7 +169,11 @@ class Loops:
         self.u[rows] = u + eta * slope
       errors = np.exp(z - u[:, None]) - (self.y[rows, None] == ids)
       slope = self.x[rows].T @ (self.omega[rows, None] * errors) / total
-      self.w[:, ids] -= eta * (slope + self.ridge * self.w[:, ids])
+      slope += (
+        self.ridge * self.w[:, ids] + self.momentum * (self.velocity[:, ids])
+      )
+      self.velocity[:, ids] = slope
+      self.w[:, ids] -= eta * slope
 
   def gather(self, p, q):
     for rows in self.minibatches(p):
