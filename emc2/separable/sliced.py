@@ -26,10 +26,10 @@ class Sliced(NamedTuple):
   Shapes, not values, say how matrices are cut, so all of a stack share them.
   """
 
-  # By width. A last axis as short as HEIGHT would be padded to 128 on a TPU.
-  ids: tuple[Any, ...]  # Each (..., slices, width * HEIGHT), int32: columns.
+  # By `WIDTHS`. Flat, since a TPU would pad a last axis to a multiple of 128.
+  ids: tuple[Any, ...]  # Each (..., slices * width * HEIGHT), int32: columns.
   values: tuple[Any, ...]  # Each likewise, float32; 0 in the padding.
-  rows: tuple[Any, ...]  # Each (..., slices, HEIGHT), int32; R for no row.
+  rows: tuple[Any, ...]  # Each (..., slices * HEIGHT), int32; R for no row.
 
 
 def add_matmul(total: jax.Array, matrix: Sliced, table: jax.Array) -> jax.Array:
@@ -59,7 +59,9 @@ def add_matmul(total: jax.Array, matrix: Sliced, table: jax.Array) -> jax.Array:
       sums += values[lanes, None] * found
     return total.at[rows].add(sums, mode='drop', unique_indices=True), None
 
-  for slices in zip(matrix.ids, matrix.values, matrix.rows, strict=True):
+  for width, *slices in zip(WIDTHS, *matrix, strict=True):
+    sizes = width * HEIGHT, width * HEIGHT, HEIGHT
+    slices = [x.reshape(-1, n) for x, n in zip(slices, sizes, strict=True)]
     total, _ = jax.lax.scan(multiply, total, slices)
   return total
 
@@ -120,5 +122,5 @@ def cut(
     run = np.zeros(shape, np.int32), np.zeros(shape, values.dtype)
     run[0][at], run[1][at] = ids[inside], values[inside]
     for kept, new in zip(found, (*run, padded[:, groups]), strict=True):
-      kept.append(new)
+      kept.append(new.reshape(num_parts, -1))
   return Sliced(*map(tuple, found))
