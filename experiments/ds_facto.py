@@ -88,7 +88,7 @@ class Config:
   passes: int = 100
   slots: int = 1  # Blocks of each worker.
   steps_per_pass: int = 16  # Of each block, by all workers together.
-  step_size: float = 0.0  # eta_0; 0 for 1, or 0.03 of 'adam' and 'adagrad'.
+  step_size: float = 0.0  # eta_0; 0 for 1, or of Adam 0.06 / mean |x|_1.
   decay: float = 0.5  # eta_t = eta_0 (1 + t)^-decay in pass t.
   inner: str = ''  # 'none', 'adagrad', 'adam'; '' takes 'none' or 'adam'.
   ridge: float = 1e-4  # Of weights and factors.
@@ -232,7 +232,11 @@ def make_method(config: Config, data: Data, num_workers: int) -> Method:
     # Rare features are seldom pulled, and squared errors pull without bound.
     dense = cells.by_row == ()
     inner = 'none' if dense and data.loss == 'logistic' else 'adam'
-  first = config.step_size or (1.0 if inner == 'none' else 0.03)
+  first = config.step_size
+  if not first and inner == 'none':
+    first = 1.0
+  elif not first:  # A step of all weights then moves a score by so much.
+    first = 0.06 * rows.num_rows / max(1e-9, float(np.abs(rows.values).sum()))
   step_size = lambda t: first * (1.0 + t) ** -config.decay
   steps = num_workers * steps_per_visit  # Of a block in a pass.
   transformation = None

@@ -155,19 +155,22 @@ class DsFactoTest(parameterized.TestCase):
     self.assertAlmostEqual(steps()(3), 0.5)
     self.assertAlmostEqual(steps(step_size=0.2)(3), 0.1)
     self.assertAlmostEqual(steps(step_size=0.2, decay=1.0)(3), 0.05)
-    self.assertAlmostEqual(steps(inner='adam')(3), 0.015)
+    self.assertAlmostEqual(steps(inner='adam', step_size=0.2)(3), 0.1)
 
   def test_inner_transformations(self):
     """Which are chosen, and that their steps shrink from pass to pass."""
+    rows = 2 * np.eye(60, 8, dtype=np.float32)
+    rows[8:, 0] = -2
     sparse = examples.Examples(
-      examples.rows_lib.from_dense(np.eye(60, 8, dtype=np.float32)),
+      examples.rows_lib.from_dense(rows),
       np.ones(60, np.float32),
     )
     sparse = ds_facto.Data('', sparse, sparse, 'logistic')
-    one = jax.numpy.ones(())
+    dense, one = _data('squared'), jax.numpy.ones(())
+    size = np.abs(dense.train.rows.values).sum() / 60  # Of a row, in the mean.
     for given, wants in (
       (dict(inner='none', data=_data('squared')), None),
-      (dict(data=_data('squared')), 0.03),
+      (dict(data=dense), 0.06 / size),
       (dict(data=sparse), 0.03),
       (dict(inner='adagrad', step_size=0.5), 0.5),
     ):

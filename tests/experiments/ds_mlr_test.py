@@ -61,7 +61,9 @@ class DsMlrTest(parameterized.TestCase):
     return method.layout.sort_weights(state.weights)
 
   def test_synthetic(self):
-    results = self._run(data='synthetic', workers='1,2', passes=40)
+    results = self._run(
+      data='synthetic', workers='1,2', passes=40, steps_per_pass=32
+    )
     self.assertEqual(
       results, json.loads((self.folder / 'run/result.json').read_text())
     )
