@@ -75,7 +75,8 @@ def fit(
   moments = (squares[layout.feature_ids] / num_rows).astype(np.float32)
   values, basis = np.linalg.eigh((first.T @ first).astype(np.float64))
   moments[: len(chosen)] = np.maximum(values, 0) / num_rows
-  counts = np.bincount(labels, minlength=layout.num_classes)
+  # A class without a row has weights, too.
+  counts = np.maximum(np.bincount(labels, minlength=layout.num_classes), 1)
   shares = np.where(layout.class_ids >= 0, counts[layout.class_ids], 0)
   return Whitening(
     basis=basis.astype(np.float32),
