@@ -26,6 +26,7 @@ from absl import app, flags
 
 from emc2 import mesh as mesh_lib
 from emc2.experiments.benchmarks import harness
+from emc2.separable import ds_mlr, mlr_cells, sliced
 from emc2.topics import lda
 from emc2.topics.lda import esvi
 
@@ -145,7 +146,107 @@ def _esvi_plans():
   return plans
 
 
-PLANS = {'esvi': _esvi_plans}
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+  """The size of sparse features, and of what is foretold of them."""
+
+  num_rows: int
+  num_features: int
+  num_outputs: int
+  per_row: int  # Features of a row.
+
+
+# Reddit-Full of DS-MLR's paper: 0.0036 % of the entries are not 0.
+REDDIT = Sparse(211_532_359, 1_348_182, 33_225, 49)
+# Criteo-tera as DS-FACTO's paper sizes it; 39 features of a row are its own.
+CRITEO = Sparse(4_373_472_329, 1_000_000_000, 128, 39)
+
+
+def ds_mlr_step(
+  devices: Sequence[Any],
+  *,
+  data: Sparse,
+  num_minibatches: int = 64,
+  **settings: Any,
+) -> tuple[Callable, tuple]:
+  """A pass of DS-MLR over sparse rows on a ring of devices.
+
+  Args:
+    devices: Of the ring, one block of classes on each.
+    data: Its size; rows are taken to be of equal length. Of a minibatch, a
+      feature that occurs does so twice.
+    num_minibatches: m.
+    **settings: Of :func:`emc2.separable.ds_mlr.ds_mlr`.
+
+  Returns:
+    The step of one pass, and its abstract arguments.
+  """
+  width = len(devices)
+  mesh = mesh_lib.make(devices, ring=width)
+  rows = -(-data.num_rows // (width * num_minibatches))
+  classes = -(-data.num_outputs // width)
+  like = jax.ShapeDtypeStruct
+
+  def cut(counts):
+    lead, height = (width, num_minibatches), sliced.HEIGHT
+    entries = [
+      (*lead, n * w * height)
+      for n, w in zip(counts, sliced.WIDTHS, strict=True)
+    ]
+    return sliced.Sliced(
+      ids=tuple(like(shape, jnp.int32) for shape in entries),
+      values=tuple(like(shape, jnp.float32) for shape in entries),
+      rows=tuple(like((*lead, n * height), jnp.int32) for n in counts),
+    )
+
+  groups = -(-rows // sliced.HEIGHT)
+  pairs = -(-rows * data.per_row // (2 * sliced.HEIGHT))
+  shape = width, num_minibatches, rows
+  batch = mlr_cells.Batch(
+    features=mlr_cells.SparseFeatures(
+      rows=cut((-(-data.per_row // sliced.WIDTHS[0]) * groups, 0, 0, 0)),
+      columns=cut((0, 0, pairs, 0)),
+    ),
+    labels=like(shape, jnp.int32),
+    weights=like(shape, jnp.float32),
+    classes=like((width, classes), jnp.int32),
+  )
+  method = ds_mlr.ds_mlr(
+    data.num_features, data.num_outputs, mesh=mesh, ridge=1e-8, **settings
+  )
+  return _abstract(method, mesh, batch, ds_mlr.shardings())
+
+
+def _abstract(method, mesh, batch, shardings):
+  """The jitted step of a method, and arguments that say where they lie."""
+
+  def place(spec, tree):
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(put, tree)
+
+  is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)
+  ring = jax.sharding.PartitionSpec(mesh_lib.RING)
+  batch = place(ring, batch)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = jax.eval_shape(method.init, key, batch)
+  state = jax.tree.map(place, shardings, state, is_leaf=is_spec)
+  key = place(jax.sharding.PartitionSpec(), key)
+  return jax.jit(method.step, donate_argnums=1), (key, state, batch)
+
+
+def _ds_mlr_plans():
+  plans = []
+  for topology, width in (('v5p:4x4x8', 128), ('v5p:8x8x8', 512)):
+    for refresh in ('fused', 'two_pass', 'table'):
+      build = functools.partial(ds_mlr_step, data=REDDIT, refresh=refresh)
+      message = 4 * REDDIT.num_features * -(-REDDIT.num_outputs // width)
+      name = f'Reddit-Full, {refresh}'
+      plans.append(Plan(name, topology, build, message))
+  return plans
+
+
+PLANS = {'ds_mlr': _ds_mlr_plans, 'esvi': _esvi_plans}
 
 
 def measure(plan: Plan, devices: Sequence[Any]) -> dict[str, Any]:
