@@ -406,7 +406,7 @@ def rotations(
 
 def to_ring(
   state: State, cells: fm_cells.Cells, settings: Settings
-) -> tuple[Resident, tuple[()], Any]:
+) -> tuple[Any, Any, Any]:
   """The global `residents`, `kept` and `blocks` of a state."""
   width, total = len(cells.labels), len(cells.feature_ids)
   spread = lambda x: jnp.broadcast_to(x, (width,))

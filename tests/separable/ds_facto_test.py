@@ -32,6 +32,11 @@ def decay(first):
   return lambda count: first / jnp.sqrt(1.0 + jnp.asarray(count, float))
 
 
+def single(arrays):
+  """In float32."""
+  return [x.astype('float32') for x in arrays]
+
+
 def start(cells, layout, machine, x, inner=None):
   """A state with given parameters, and its sums by NumPy."""
   w0, w, v = machine
@@ -504,7 +509,7 @@ class RingTest(parameterized.TestCase):
   def _only_blocks(self, mode, times):
     mesh = mesh_lib.make(jax.devices()[:8], ring=8)
     cells, _ = fm_cells.cut(
-      *oracle.synthetic('logistic', num_rows=48),
+      *single(oracle.synthetic('logistic', num_rows=48)),
       loss='logistic',
       num_workers=8,
       slots=1,
@@ -539,7 +544,7 @@ class RingTest(parameterized.TestCase):
   def test_memory(self):
     workers, slots, rank = 4, 2, 4
     cells, _ = fm_cells.cut(
-      *oracle.synthetic('logistic', num_rows=48),
+      *single(oracle.synthetic('logistic', num_rows=48)),
       loss='logistic',
       num_workers=workers,
       slots=slots,
