@@ -108,6 +108,7 @@ def extreme(
     )
   rng = np.random.default_rng(seed)
   block = scipy.linalg.hadamard(width) / np.sqrt(width)
+  block = scipy.sparse.csr_array(block)
   blocks = scipy.sparse.block_diag(
     [block] * (num_features // width), format='csr'
   )
