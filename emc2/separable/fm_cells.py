@@ -292,7 +292,7 @@ def _bag(cell, owner, ids, values, shape, num_owners):
   size = min(costs, key=costs.get)
   direct = most <= max(_SIZES) and num_owners * most <= costs[size]
   if direct:
-    size, first, total = most, owner_first(keys, num_owners), num_owners
+    size, first, total = most, keys % num_owners, num_owners
     bags = np.ones_like(counts)
   else:
     bags, total = bags_of(size)
@@ -313,11 +313,6 @@ def _bag(cell, owner, ids, values, shape, num_owners):
     owners[row] = np.repeat(keys % num_owners, counts)
   spread = lambda x: x.reshape(*shape, *x.shape[1:])
   return fm_visit.Bags(spread(out_ids), spread(out_values), spread(owners))
-
-
-def owner_first(keys, num_owners):
-  """The first bag of each key where every owner has one."""
-  return keys % num_owners
 
 
 def _undo(ids, values, total):
