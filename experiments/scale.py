@@ -158,6 +158,8 @@ class Sparse:
 
 # Reddit-Full of DS-MLR's paper: 0.0036 % of the entries are not 0.
 REDDIT = Sparse(211_532_359, 1_348_182, 33_225, 49)
+# Texts of so many classes that a GPU's worth of weights is dealt to small chips.
+TEXT = Sparse(20_000, 5_001, 100_000, 38)
 # Criteo-tera as DS-FACTO's paper sizes it; 39 features of a row are its own.
 CRITEO = Sparse(4_373_472_329, 1_000_000_000, 128, 39)
 
@@ -243,6 +245,10 @@ def _ds_mlr_plans():
       message = 4 * REDDIT.num_features * -(-REDDIT.num_outputs // width)
       name = f'Reddit-Full, {refresh}'
       plans.append(Plan(name, topology, build, message))
+  build = functools.partial(ds_mlr_step, data=TEXT, num_minibatches=8)
+  message = 4 * TEXT.num_features * TEXT.num_outputs // 8
+  name = '20,000 texts, 100,000 classes, 3 GiB a chip'
+  plans.append(Plan(name, 'v5e:2x4', build, message, 3 * 2**30))
   return plans
 
 
