@@ -158,7 +158,7 @@ class Sparse:
 
 # Reddit-Full of DS-MLR's paper: 0.0036 % of the entries are not 0.
 REDDIT = Sparse(211_532_359, 1_348_182, 33_225, 49)
-# Texts of so many classes that a GPU's worth of weights is dealt to small chips.
+# 2 GB of weights, to be dealt to small chips.
 TEXT = Sparse(20_000, 5_001, 100_000, 38)
 # Criteo-tera as DS-FACTO's paper sizes it; 39 features of a row are its own.
 CRITEO = Sparse(4_373_472_329, 1_000_000_000, 128, 39)
