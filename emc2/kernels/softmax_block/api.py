@@ -89,7 +89,7 @@ def softmax_block(
     https://arxiv.org/abs/1604.04706
   """
   _check(features, weights, labels, num_valid)
-  num_rows, dtype = features.shape[0], _wide(weights)
+  num_rows, dtype = features.shape[0], reference.wide(weights)
   for name, x in (('normalizers', normalizers), ('row_weights', row_weights)):
     if x.shape != (num_rows,) or x.dtype != dtype:
       raise ValueError(
@@ -145,10 +145,6 @@ def _dispatch(name, implementation, *args, **settings):
   return lowering.dispatch(implementation, pick(reference), kernels, *args)
 
 
-def _wide(weights):
-  return jnp.promote_types(weights.dtype, jnp.float32)
-
-
 def _check(features, weights, labels, num_valid):
   fits = features.ndim == weights.ndim == 2
   if not fits or features.shape[1] != weights.shape[0] or 0 in weights.shape:
@@ -159,7 +155,8 @@ def _check(features, weights, labels, num_valid):
   for name, x in (('features', features), ('weights', weights)):
     if not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f'{name} must be floats, got {x.dtype}.')
-  if jnp.promote_types(features.dtype, weights.dtype) != weights.dtype:
+  narrower = jnp.finfo(features.dtype).bits < jnp.finfo(weights.dtype).bits
+  if features.dtype != weights.dtype and not narrower:
     raise ValueError(
       f'weights must be at least as wide as features, {features.dtype}, got '
       f'{weights.dtype}.'

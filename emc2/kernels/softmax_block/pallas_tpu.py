@@ -22,9 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 from emc2.kernels.softmax_block import reference
 
 _LANES = 128
-_SUBLANES = 16  # Of a tile of bfloat16.
+_SUBLANES = 8
 _MAX_FEATURES = 8192
-_RESIDENT_BYTES = 2**24  # Weights and gradient of a group, twice.
+_RESIDENT = 2**20  # Weights of a group, and its gradient, twice: 16 MiB.
 _SCORES = 2**18  # Of a tile of rows.
 _ENTRIES = 2**20  # Of its features.
 _MAX_ROWS = 512
@@ -48,10 +48,10 @@ def _up(n, multiple):
   return pl.cdiv(n, multiple) * multiple
 
 
-def _plan(n, d, k, itemsize):
+def _plan(n, d, k):
   """Rows of a tile, classes of a group, groups."""
   d = _up(d, _LANES)
-  most = _RESIDENT_BYTES // (2 * (itemsize + 4) * d)
+  most = _RESIDENT // d
   groups = pl.cdiv(k, most // _SUBLANES * _SUBLANES)
   width = k if groups == 1 else _up(pl.cdiv(k, groups), _SUBLANES)
   rows = min(_SCORES // width, _ENTRIES // d, _MAX_ROWS) // _LANES * _LANES
@@ -76,12 +76,10 @@ def _dot(x, y, contract):
     precision=precision,
     preferred_element_type=jnp.float32,
   )
-  if x.dtype == y.dtype == jnp.float32:
+  if y.dtype == jnp.float32:
     # One pass of the matrix unit keeps 8 bits of a weight.
     return dot(x, y, jax.lax.Precision.HIGHEST)
-  if x.dtype == jnp.bfloat16:
-    return dot(x, y)
-  # Of the six passes, the features have no use for three. The least first.
+  # Of its six passes, features of bfloat16 need three. The least first.
   return sum(dot(part, y) for part in reversed(_split(x)))
 
 
@@ -139,7 +137,7 @@ def _call(features, weights, labels, num_valid, *given, normalizer, interpret):
 
   Args:
     features: (n, D).
-    weights: (K, D).
+    weights: (K, D), float32.
     labels: (n,).
     num_valid: ().
     *given: normalizers and weights of rows, (n,), or nothing.
@@ -147,7 +145,7 @@ def _call(features, weights, labels, num_valid, *given, normalizer, interpret):
     interpret: static.
   """
   (n, d), k = features.shape, weights.shape[0]
-  rows, width, groups = _plan(n, d, k, weights.dtype.itemsize)
+  rows, width, groups = _plan(n, d, k)
   shape = functools.partial(
     jax.ShapeDtypeStruct,
     dtype=jnp.float32,
@@ -176,8 +174,8 @@ def _call(features, weights, labels, num_valid, *given, normalizer, interpret):
     ),
     cost_estimate=pl.CostEstimate(
       flops=(4 if given else 2) * n * d * k,
-      bytes_accessed=groups * features.nbytes
-      + k * d * (weights.dtype.itemsize + 4 * bool(given)),
+      bytes_accessed=groups * n * d * features.dtype.itemsize
+      + 4 * (2 if given else 1) * k * d,
       transcendentals=(2 if given else 1) * n * k,
     ),
     interpret=interpret,
@@ -197,10 +195,14 @@ def _call(features, weights, labels, num_valid, *given, normalizer, interpret):
   return (*gradient, scored)
 
 
+def _turn(weights):
+  return weights.astype(jnp.float32).T
+
+
 def score(features, weights, labels, num_valid, *, interpret=False):
   """As `reference.score`."""
   call = functools.partial(_call, normalizer='frozen', interpret=interpret)
-  return call(features, weights.T, labels, num_valid)[0]
+  return call(features, _turn(weights), labels, num_valid)[0]
 
 
 def visit(
@@ -217,9 +219,9 @@ def visit(
   """As `reference.visit`."""
   (n, d), k = features.shape, weights.shape[1]
   call = functools.partial(
-    _call, features, weights.T, labels, num_valid, interpret=interpret
+    _call, features, _turn(weights), labels, num_valid, interpret=interpret
   )
-  if normalizer != 'frozen' and _plan(n, d, k, weights.dtype.itemsize)[2] > 1:
+  if normalizer != 'frozen' and _plan(n, d, k)[2] > 1:
     (scored,) = call(normalizer='frozen')
     normalizers = reference.normalize(normalizers, scored.logsumexp, normalizer)
     normalizer = 'frozen'

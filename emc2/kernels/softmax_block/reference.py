@@ -37,19 +37,24 @@ def visit(
   normalizer: str,
 ) -> Visit:
   """See :func:`emc2.kernels.softmax_block.softmax_block`."""
-  wide = _widen(weights)
+  widened = weights.astype(wide(weights))
 
   def step(total, tile):
     x, normalizers, labels, row_weights = tile
-    x = x.astype(wide.dtype)
+    x = x.astype(widened.dtype)
     errors, scored = compare(
-      _matmul(x, wide), normalizers, labels, row_weights, num_valid, normalizer
+      _matmul(x, widened),
+      normalizers,
+      labels,
+      row_weights,
+      num_valid,
+      normalizer,
     )
     return total + _matmul(x.T, errors), scored
 
   tiles = features, normalizers, labels, row_weights
   gradient, scored = _over_tiles(
-    step, jnp.zeros_like(wide), tiles, weights.shape[1]
+    step, jnp.zeros_like(widened), tiles, weights.shape[1]
   )
   return Visit(gradient.astype(weights.dtype), *scored)
 
@@ -61,11 +66,11 @@ def score(
   num_valid: jax.Array,
 ) -> Scored:
   """See :func:`emc2.kernels.softmax_block.score_block`."""
-  wide = _widen(weights)
+  widened = weights.astype(wide(weights))
 
   def step(total, tile):
     x, labels = tile
-    scores = _matmul(x.astype(wide.dtype), wide)
+    scores = _matmul(x.astype(widened.dtype), widened)
     return total, summarize(scores, labels, num_valid)[1]
 
   tiles = features, labels
@@ -122,8 +127,10 @@ def normalize(
   return jnp.where(found == -jnp.inf, 0, found)
 
 
-def _widen(weights):
-  return weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+def wide(weights: jax.Array) -> jax.typing.DTypeLike:
+  """The dtype of scores and sums: that of the weights, or float32."""
+  bits = jnp.finfo(weights.dtype).bits
+  return weights.dtype if bits > 32 else jnp.dtype(jnp.float32)
 
 
 def _matmul(x, y):
