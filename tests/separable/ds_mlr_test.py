@@ -120,6 +120,8 @@ class PassTest(parameterized.TestCase):
     # Rows of weight 0 are as good as gone.
     want = oracle.objective(found.weights, *padded(), 1e-2, omega.astype(float))
     np.testing.assert_allclose(found.losses[-1], want, **TIGHT)
+    exact = special.logsumexp(padded()[0] @ found.weights, axis=1)
+    np.testing.assert_allclose(found.normalizers, exact, **TIGHT)
 
   def test_minibatches_without_weight_do_nothing(self):
     x, y = padded()
@@ -238,6 +240,7 @@ class RingTest(parameterized.TestCase):
     u = layout.sort_rows(calm.normalizers)
     np.testing.assert_allclose(u, want.u, **TIGHT)
 
+  @pytest.mark.slow
   def test_serial(self):
     with jax.enable_x64(True):
       parts, given, layout = start('two_pass', CUT)
@@ -496,8 +499,15 @@ class OptionTest(parameterized.TestCase):
 
 
 class PredictTest(parameterized.TestCase):
-  @parameterized.parameters((5, 0), (1, 4))
-  def test_is_a_sort(self, k, num_devices):
+  def test_is_a_sort(self):
+    self._sort(5, 0)
+
+  @parameterized.parameters((1, 0), (1, 4), (13, 4))
+  @pytest.mark.slow
+  def test_is_a_sort_on_devices(self, k, num_devices):
+    self._sort(k, num_devices)
+
+  def _sort(self, k, num_devices):
     rng = np.random.default_rng(0)
     x, y = padded()
     w = rng.normal(size=(6, 13)).astype('float32')
@@ -602,6 +612,7 @@ class TableTest(parameterized.TestCase):
     best = best_of_synthetic()[1]
     return oracle.objective(found.weights, x, y, 1e-3) - best
 
+  @pytest.mark.slow
   def test_synthetic(self):
     x, y = oracle.synthetic()
     zeros = np.zeros((20, 24))
@@ -622,7 +633,8 @@ class TableTest(parameterized.TestCase):
     for refresh, want in zip(modes, wanted, strict=True):
       gap = self._synthetic(refresh, workers, eta)
       if np.isnan(want):
-        self.assertFalse(gap < 1)
+        # Whether 10 still diverges hangs on the order of rows.
+        self.assertFalse(gap < (1 if eta > 10 else 3e-3))
       else:
         self.assertBetween(gap, want / 3, want * 3)
 
@@ -676,7 +688,8 @@ class TableTest(parameterized.TestCase):
         ridge=1e-3,
         eta=1.0,
         num_passes=20,
-        shuffle=True,
+        # One worker gains by new orders, a row at a time; many have one order.
+        shuffle=False,
         cut=dict(
           num_workers=workers,
           num_minibatches=512 // workers,

@@ -29,7 +29,7 @@ def draw(num_rows=300, num_classes=12):
 
 
 class WhiteningTest(parameterized.TestCase):
-  @parameterized.product(num_rotated=(0, 6, 256), sparse=(False, True))
+  @parameterized.parameters((6, True), (256, False), (0, False))
   def test_square_is_the_inverse_of_the_curvature(self, num_rotated, sparse):
     x, y = draw()
     features = rows.from_dense(x) if sparse else x
