@@ -43,7 +43,7 @@ bench-peers:  ## Installs what the bench compares with, apart, on a CPU.
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 \
 	  pytorch-metric-learning==2.9.0 scikit-learn gensim==4.4.0 \
-	  tomotopy==0.14.0
+	  tomotopy==0.14.0 myfm==0.4.0
 	.venv-peers/bin/python -m pip install --quiet --no-deps libauc==2.0.1
 
 scale: $(STAMP)  ## Compiles for TPUs that are not here: `make scale ARGS=esvi`.

@@ -26,7 +26,8 @@ from absl import app, flags
 
 from emc2 import mesh as mesh_lib
 from emc2.experiments.benchmarks import harness
-from emc2.separable import ds_mlr, mlr_cells, sliced
+from emc2.kernels import fm_visit
+from emc2.separable import ds_facto, ds_mlr, fm_cells, mlr_cells, sliced
 from emc2.topics import lda
 from emc2.topics.lda import esvi
 
@@ -219,6 +220,51 @@ def ds_mlr_step(
   return _abstract(method, mesh, batch, ds_mlr.shardings())
 
 
+def ds_facto_step(
+  devices: Sequence[Any], *, data: Sparse, **settings: Any
+) -> tuple[Callable, tuple]:
+  """A pass of DS-FACTO over sparse rows on a ring of devices.
+
+  Args:
+    devices: Of the ring, one block of features on each.
+    data: Its size; entries are taken to lie evenly, so that in a cell hardly a
+      row or feature has two.
+    **settings: Of :func:`emc2.separable.ds_facto.ds_facto`.
+
+  Returns:
+    The step of one pass, and its abstract arguments.
+  """
+  width = len(devices)
+  mesh = mesh_lib.make(devices, ring=width)
+  rows = -(-data.num_rows // width)
+  entries = -(-rows * data.per_row // width)
+  like = jax.ShapeDtypeStruct
+
+  def bags(*lead):
+    return fm_visit.Bags(
+      ids=like((*lead, 1, entries), jnp.int32),
+      values=like((*lead, 1, entries), jnp.float32),
+      owners=like((*lead, entries), jnp.int32),
+    )
+
+  cells = fm_cells.Cells(
+    labels=like((width, 1, rows), jnp.float32),
+    present=like((width, 1, rows), jnp.float32),
+    num_rows=like((width,), jnp.float32),
+    feature_ids=like((width, -(-data.num_features // width)), jnp.int32),
+    by_row=bags(width, width),
+    by_feature=bags(width, width, 1),
+  )
+  method = ds_facto.ds_facto(
+    data.num_features,
+    data.num_outputs,
+    loss='logistic',
+    mesh=mesh,
+    **settings,
+  )
+  return _abstract(method, mesh, cells, ds_facto.shardings())
+
+
 def _abstract(method, mesh, batch, shardings):
   """The jitted step of a method, and arguments that say where they lie."""
 
@@ -252,7 +298,22 @@ def _ds_mlr_plans():
   return plans
 
 
-PLANS = {'ds_mlr': _ds_mlr_plans, 'esvi': _esvi_plans}
+def _ds_facto_plans():
+  plans = []
+  for topology, width in (('v5p:4x4x8', 128), ('v5p:8x8x8', 512)):
+    for mode in ('fused', 'two_pass'):
+      build = functools.partial(ds_facto_step, data=CRITEO, mode=mode)
+      per_block = -(-CRITEO.num_features // width)
+      message = 4 * (CRITEO.num_outputs + 1) * per_block
+      plans.append(Plan(f'Criteo-tera, {mode}', topology, build, message))
+  return plans
+
+
+PLANS = {
+  'ds_facto': _ds_facto_plans,
+  'ds_mlr': _ds_mlr_plans,
+  'esvi': _esvi_plans,
+}
 
 
 def measure(plan: Plan, devices: Sequence[Any]) -> dict[str, Any]:

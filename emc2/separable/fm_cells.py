@@ -302,9 +302,9 @@ def _bag(cell, owner, ids, values, shape, num_owners):
     first = before - padded[start][of_key]
   rank = np.arange(len(key)) - np.repeat(np.cumsum(counts) - counts, counts)
   row = np.repeat(of_key, counts), np.repeat(first, counts) + rank // size
-  place = *row, rank % size
-  out_ids = np.zeros((num_cells, total, size), np.int32)
-  out_values = np.zeros((num_cells, total, size), values.dtype)
+  place = row[0], rank % size, row[1]
+  out_ids = np.zeros((num_cells, size, total), np.int32)
+  out_values = np.zeros((num_cells, size, total), values.dtype)
   out_ids[place], out_values[place] = ids[order], values[order]
   owners = np.zeros((num_cells, 0), np.int32)
   if not direct:

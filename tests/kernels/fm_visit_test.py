@@ -71,8 +71,8 @@ def bags(x, size, direct):
       owners.append(owner)
   owners = [] if direct else owners
   return fm_visit.Bags(
-    jnp.asarray(ids, jnp.int32),
-    jnp.asarray(values, jnp.float32),
+    jnp.asarray(ids, jnp.int32).T,
+    jnp.asarray(values, jnp.float32).T,
     jnp.asarray(owners, jnp.int32),
   )
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 class Bags(NamedTuple):
   """Weighted sums of rows of a table, of at most T rows each.
 
-  Sum c is of `values[c, t] * table[ids[c, t]]`. An owner may have many bags.
+  Sum c is of `values[t, c] * table[ids[t, c]]`. An owner may have many bags.
   """
 
-  ids: Any  # (C, T), int32: rows of the table; 0 in the padding.
-  values: Any  # (C, T), float: 0 in the padding.
+  # T first: a TPU pads last axes to a multiple of 128.
+  ids: Any  # (T, C), int32: rows of the table; 0 in the padding.
+  values: Any  # (T, C), float: 0 in the padding.
   owners: Any  # (C,), int32, rising; or (0,): bag c belongs to owner c.
 
 
@@ -67,18 +68,13 @@ def _deal(sums, bags, num_owners):
 
 
 def _add_rows(table, ids, weights):
-  """Sums of weighted rows, (C, T) to (C, K)."""
-  return _add(
-    [weights[:, t, None] * _take(table, ids[:, t]) for t in range(ids.shape[1])]
-  )
+  """Sums of weighted rows, (T, C) to (C, K)."""
+  pairs = zip(weights, ids, strict=True)
+  return _add([own[:, None] * _take(table, rows) for own, rows in pairs])
 
 
 def _add(terms):
   return sum(terms[1:], terms[0])
-
-
-def _columns(x):
-  return [x[:, t] for t in range(x.shape[1])]
 
 
 def gradient(
@@ -94,8 +90,8 @@ def gradient(
     multipliers = _store(multipliers, cell.ids)
     weights = _take(multipliers, cell.ids.reshape(-1)).reshape(cell.ids.shape)
     weights = cell.values * weights
-    linear = _add(_columns(weights))
-    squares = _add(_columns(cell.values * weights))
+    linear = _add(list(weights))
+    squares = _add(list(cell.values * weights))
     linear = _deal(linear, cell, num_features)
     squares = _deal(squares, cell, num_features)
     if not rank:
@@ -121,8 +117,8 @@ def accumulate(
   squares = 0.5 * squares
   if isinstance(cell, Bags):
     linear, squares, factors = _store((linear, squares, factors), cell.ids)
-    columns = zip(_columns(cell.ids), _columns(cell.values), strict=True)
-    terms = [x * (_take(linear, d) - x * _take(squares, d)) for d, x in columns]
+    pairs = zip(cell.ids, cell.values, strict=True)
+    terms = [x * (_take(linear, d) - x * _take(squares, d)) for d, x in pairs]
     rest = _deal(_add(terms), cell, num_rows)
     if not rank:
       return jnp.zeros_like(factors, shape=(num_rows, 0)), rest
@@ -137,5 +133,5 @@ def count(cell: Bags | jax.Array, num_features: int) -> jax.Array:
   """Rows that have each feature, (D,), of the dtype of the cell."""
   if not isinstance(cell, Bags):
     return jnp.sum(cell != 0, axis=0).astype(cell.dtype)
-  counts = jnp.sum(cell.values != 0, axis=1).astype(cell.values.dtype)
+  counts = jnp.sum(cell.values != 0, axis=0).astype(cell.values.dtype)
   return _deal(counts, cell, num_features)
