@@ -401,6 +401,7 @@ def run(config: Config, workdir: epath.Path) -> dict[str, float]:
     score=f'{metric}, on test rows',
     title=f'DS-FACTO, {data.title}: {data.train.num_rows:,} rows, '
     f'{num_features:,} features, K = {config.rank}',
+    shared=config.executor == 'virtual',
   )
   runner.save_figure(figure, workdir / 'figure.png')
   for count, seconds in measured.items():

@@ -468,6 +468,7 @@ def run(config: Config, workdir: epath.Path) -> dict[str, float]:
     best=data.best,
     title=f'DS-MLR, {data.title}: {rows.num_rows:,} rows, '
     f'{rows.num_features:,} features, {num_classes:,} classes',
+    shared=config.executor == 'virtual',
   )
   runner.save_figure(figure, workdir / 'figure.png')
   return summary

@@ -32,6 +32,7 @@ def draw(
   score: str,
   best: float | None = None,
   title: str,
+  shared: bool = True,
 ) -> Any:
   """Draws how runs went, how they would scale, and what workers hold.
 
@@ -44,6 +45,7 @@ def draw(
     score: Label of the score on test rows.
     best: The least objective, if it is known; gaps to it are drawn.
     title: What was fitted.
+    shared: Whether all workers shared one device.
 
   Returns:
     A Matplotlib figure.
@@ -53,17 +55,16 @@ def draw(
   drawn = figure.Figure(figsize=(15, 8), layout='constrained')
   drawn.suptitle(title, fontsize=12)
   grid = drawn.subplots(2, 3, sharey=False)
+  seconds = 'seconds of passes' + ', on one shared device' * shared
   for row, field, label in ((0, 'objective', objective), (1, 'score', score)):
     for column, against in enumerate(('passes', 'seconds')):
       axis = grid[row, column]
       draw_curves(axis, curves, against, field, best)
-      axis.set_xlabel(
-        against if column == 0 else 'seconds of passes, on one shared device'
-      )
+      axis.set_xlabel(against if column == 0 else seconds)
     grid[row, 0].set_ylabel(label)
   handles, labels = grid[0, 0].get_legend_handles_labels()
   grid[0, 0].legend(
-    handles, labels, frameon=False, title='virtual workers', fontsize=9
+    handles, labels, frameon=False, title='virtual ' * shared + 'workers'
   )
   draw_speed_ups(grid[0, 2], measured, speed_ups)
   draw_memory(grid[1, 2], memory)

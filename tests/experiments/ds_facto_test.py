@@ -352,3 +352,16 @@ class RingFigureTest(parameterized.TestCase):
     self.assertEqual(memory.lines[0].get_ydata()[0], 2.0)
     self.assertEqual(by_passes.get_ylabel(), 'gap')
     self.assertEqual(scores.get_ylabel(), 'F1')
+    shared = by_seconds.get_xlabel()
+    self.assertEqual(shared, 'seconds of passes, on one shared device')
+    alone = ring_figure.draw(
+      {1: curve},
+      {1: 1.0},
+      {},
+      {1: ring_costs.Memory(1, 1)},
+      objective='',
+      score='',
+      title='',
+      shared=False,
+    )
+    self.assertEqual(alone.axes[1].get_xlabel(), 'seconds of passes')
