@@ -15,7 +15,7 @@ from emc2.ring import simulate
 EXECUTORS = ('virtual', 'mesh')
 """All workers on one device, or a device for each."""
 
-COUNTS = (1, 8, 64, 512, 4096)
+COUNTS = (1, 2, 4, 8, 64, 512, 4096)
 """Workers of simulated rings."""
 
 SLOTS = 2
