@@ -334,6 +334,7 @@ class LoweringTest(parameterized.TestCase):
     ('cpu', 'embeddings', 'cpu', None),
     ('older_gpu', 'embeddings', 'cuda', 'NVIDIA A100-SXM4-80GB'),
     ('gpu_many_features', 'youtube8m', 'cuda', None),
+    ('older_tpu', 'youtube8m', 'tpu', 'TPU v4'),
   )
   def test_auto_takes_the_reference(self, name, platform, kind):
     text = self._text(name, platform, kind)
@@ -352,6 +353,7 @@ class LoweringTest(parameterized.TestCase):
   @parameterized.parameters(
     ('pallas_gpu', 'embeddings', 'cuda', 'NVIDIA A100', 'want a Hopper'),
     ('pallas_gpu', 'youtube8m', 'cuda', None, '256 features, got 1152'),
+    ('pallas_tpu', 'digits', 'tpu', 'TPU v4', 'fifth generation or later'),
   )
   def test_named_kernel_raises(self, name, spec, platform, kind, message):
     for fn in (softmax_block, score_block):

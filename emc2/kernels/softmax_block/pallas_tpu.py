@@ -28,9 +28,10 @@ _RESIDENT = 2**20  # Weights of a group, and its gradient, twice: 16 MiB.
 _SCORES = 2**18  # Of a tile of rows.
 _ENTRIES = 2**20  # Of its features.
 _MAX_ROWS = 512
-# What all of it takes, with what the compiler makes; chips before the fifth
-# generation have 16 MiB.
+# All of it, with what the compiler adds; from the fifth generation on, chips
+# have 64 MiB or more.
 _VMEM_BYTES = 56 * 2**20
+_OLD = ('TPU v2', 'TPU v3', 'TPU v4')
 _PARTS = 3  # Numbers of 16 bits to a float.
 
 
@@ -41,7 +42,20 @@ def unsupported(features, weights):
   for x in (features, weights):
     if x.dtype not in (jnp.float32, jnp.bfloat16):
       return f'want float32 or bfloat16, got {x.dtype}.'
+  if any(kind.startswith(_OLD) for kind in _kinds()):
+    return 'want a TPU of the fifth generation or later.'
   return None
+
+
+def _kinds():
+  """Of the chip that the mesh in scope names, else of the TPUs here."""
+  chip = jax.sharding.get_abstract_mesh().abstract_device
+  if chip is not None:
+    return [chip.device_kind]
+  try:
+    return [chip.device_kind for chip in jax.local_devices(backend='tpu')]
+  except RuntimeError:
+    return []
 
 
 def _up(n, multiple):
