@@ -213,6 +213,7 @@ def ds_mlr_step(
     labels=like(shape, jnp.int32),
     weights=like(shape, jnp.float32),
     classes=like((width, classes), jnp.int32),
+    sizes=like((width, width), jnp.int32),
   )
   method = ds_mlr.ds_mlr(
     data.num_features, data.num_outputs, mesh=mesh, ridge=1e-8, **settings

@@ -59,7 +59,6 @@ class Resident(NamedTuple):
   """What stays on a worker; outside, leaves have a leading axis of workers."""
 
   batch: mlr_cells.Batch  # Without `classes`.
-  sizes: jax.Array  # (Q,), int32: how many classes of a block are no padding.
   key: jax.Array  # Of this worker.
   count: jax.Array  # (), int32: finished passes.
   normalizers: jax.Array  # (m, n): u.
@@ -189,8 +188,8 @@ def init(
   weights = jnp.broadcast_to(like, (num_blocks, settings.num_features, width))
   zeros, table = jnp.zeros_like(batch.weights), ()
   if settings.refresh == 'table':
-    sizes = _block_sizes(batch)
-    table = zeros[:, None] + jnp.log(sizes.astype(dtype))[None, :, None, None]
+    sizes = jnp.asarray(batch.sizes).astype(dtype)
+    table = zeros[:, None] + jnp.log(sizes)[:, :, None, None]
   inner = ()
   if settings.inner is not None:
     inner = jax.vmap(settings.inner.init)(weights)
@@ -216,7 +215,9 @@ def step(
   given = to_ring(key, state, batch)
   parts = _rotations(settings)
   residents, _, blocks = _run(parts, given, mesh, schedule)
-  state = from_ring(residents, blocks)
+  # All workers have counted this pass; to ask one would be a message.
+  count = state.count + 1
+  state = from_ring(residents, blocks)._replace(count=count)
   excess = batch.weights * (residents.known - residents.known_scores)
   loss = jnp.sum(excess) / jnp.sum(batch.weights)
   loss += 0.5 * settings.ridge * jnp.sum(state.weights**2)
@@ -275,10 +276,7 @@ def to_ring(
   """The global `residents`, `kept` and `blocks` of a state."""
   workers = jnp.arange(len(batch.labels), dtype=jnp.int32)
   residents = Resident(
-    batch=batch._replace(classes=()),
-    sizes=jnp.broadcast_to(
-      _block_sizes(batch), (*workers.shape, len(batch.classes))
-    ),
+    batch=jax.tree.map(jnp.asarray, batch._replace(classes=())),
     key=jax.vmap(lambda worker: jax.random.fold_in(key, worker))(workers),
     count=jnp.broadcast_to(state.count, workers.shape),
     normalizers=state.normalizers,
@@ -367,7 +365,7 @@ def _evaluate(weights, batch, ridge, mesh, *, with_gradient):
 
 def _collect(alone, resident, own, block, number):
   """Adds the gradient that a worker's rows give to a block."""
-  batch, num_valid = resident.batch, resident.sizes[number]
+  batch, num_valid = resident.batch, resident.batch.sizes[number]
   weights, gradient = block
   first = number * weights.shape[1]
 
@@ -431,7 +429,8 @@ def predict(
     jnp.full_like(batch.weights, -jnp.inf, shape=shape),
     jnp.full_like(batch.labels, -1, shape=shape),
   )
-  batch, classes = batch._replace(classes=()), jnp.asarray(batch.classes)
+  batch = jax.tree.map(jnp.asarray, batch)
+  batch, classes = batch._replace(classes=()), batch.classes
   width = classes.shape[1]
 
   def visit(resident, own, block, number):
@@ -501,7 +500,7 @@ def _rotations(settings):
 
 def _update(settings, resident, own, block, number):
   """The steps of a block on all minibatches of a worker."""
-  batch, num_valid = resident.batch, resident.sizes[number]
+  batch, num_valid = resident.batch, resident.batch.sizes[number]
   first = number * block[0].shape[1]
   normalizer = {'floor': 'floor', 'table': 'joint'}.get(
     settings.refresh, 'frozen'
@@ -555,7 +554,7 @@ def _update(settings, resident, own, block, number):
 
 def _gather(resident, own, block, number):
   """Adds the scores of a block as it is now to what its rows know."""
-  batch, num_valid = resident.batch, resident.sizes[number]
+  batch, num_valid = resident.batch, resident.batch.sizes[number]
   first = number * block[0].shape[1]
 
   def visit(_, place):
@@ -600,7 +599,7 @@ def _order(settings, resident, number):
 
 def _minibatch(batch, place):
   return jax.tree.map(
-    lambda x: jnp.asarray(x)[place],
+    lambda x: x[place],
     (batch.features, batch.labels, batch.weights),
   )
 
@@ -647,10 +646,6 @@ def _run(parts, given, mesh, schedule=None):
   if mesh is None:
     return ring.virtual(parts, *given, schedule=schedule)
   return ring.on_mesh(parts, *given, mesh, schedule=schedule)
-
-
-def _block_sizes(batch):
-  return jnp.sum(batch.classes >= 0, axis=1, dtype=jnp.int32)
 
 
 def _step_size(settings, count):

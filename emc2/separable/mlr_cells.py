@@ -23,6 +23,7 @@ class Batch(NamedTuple):
   labels: Any  # (P, m, n), int32: K / Q times the block, plus the place in it.
   weights: Any  # (P, m, n), float32; 0 for padding.
   classes: Any  # (Q, K / Q), int32: classes of each block; -1 for padding.
+  sizes: Any  # (P, Q), int32: how many of each block are no padding.
 
 
 class Layout(NamedTuple):
@@ -169,6 +170,7 @@ def split(
     labels=np.where(inside, place[labels][row_ids], 0).astype(np.int32),
     weights=np.where(inside, row_weights[row_ids], 0),
     classes=class_ids,
+    sizes=np.tile(np.sum(class_ids >= 0, 1, dtype=np.int32), (num_workers, 1)),
   )
   layout = Layout(
     row_ids, feature_ids, class_ids, num_rows, num_features, num_classes
