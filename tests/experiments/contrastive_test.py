@@ -71,6 +71,7 @@ class ContrastiveTest(parameterized.TestCase):
     state = contrastive.train(task, method, 0, self.folder / name)
     return state.params
 
+  @pytest.mark.slow
   def test_loaded_equals_resident(self):
     self.check_loaded(method='emc2', num_views=0)
 

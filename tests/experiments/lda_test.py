@@ -256,6 +256,7 @@ class LdaTest(parameterized.TestCase):
 
 
 class DevicesTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_2_devices(self):
     self.enter_context(jax.numpy_dtype_promotion('standard'))
     folder = pathlib.Path(self.create_tempdir().full_path)

@@ -485,6 +485,7 @@ class ProcessTest(parameterized.TestCase):
         name,
       )
 
+  @pytest.mark.slow
   def test_killed_and_stopped_it_ends_the_same(self):
     field = "--config.methods=('momentum',)"
     undisturbed = self._popen('want', field)

@@ -6,6 +6,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -187,6 +188,7 @@ def gpu_interpreter():
 class GpuKernelTest(parameterized.TestCase):
   """Interpreted: all but the matrix instructions themselves."""
 
+  @pytest.mark.slow
   def test_matches_float64(self):
     self.enter_context(mock.patch.object(pallas_gpu, '_MIN_TILES', 1))
     args = problem(70, 90, 6)

@@ -527,6 +527,7 @@ class DeviceTest(parameterized.TestCase):
       (130, 250, 70, 'bfloat16', 'floor'),
     )
   )
+  @pytest.mark.slow
   def test_matches_float64(self, name, platform, n, d, k, dtype, normalizer):
     with jax.default_device(jax.devices(platform)[0]):
       args = problem(n, d, k, dtype=dtype)

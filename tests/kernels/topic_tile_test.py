@@ -6,6 +6,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -407,6 +408,7 @@ def gpu_interpreter():
 class GpuKernelTest(parameterized.TestCase):
   """Interpreted: all but the matrix instructions themselves."""
 
+  @pytest.mark.slow
   def test_matches_float64(self):
     # One pass of two warpgroups to a block, and one of two parts.
     self.enter_context(mock.patch.object(hopper, 'MIN_TILES', 1))

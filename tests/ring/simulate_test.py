@@ -152,6 +152,7 @@ class RingTest(parameterized.TestCase):
     (0.2, 1.0, 0.1, 4, 0.325),
     (1.0, 0.5, 0.9, 2, 1.2),
   )
+  @pytest.mark.slow
   def test_stride(self, compute, latency, occupancy, slots, want):
     found = run(
       simulate.ring,
@@ -172,6 +173,7 @@ class RingTest(parameterized.TestCase):
     self.assertAlmostEqual(float(found.elapsed), 1e4, delta=2e-2)
 
   @parameterized.parameters(0.5, 0.8)
+  @pytest.mark.slow
   def test_spread_of_compute_times(self, cv):
     # A ring of one: the draws themselves.
     found = run(simulate.ring, 1, compute=3.0, cv=cv, num_visits=8_000)
@@ -205,6 +207,7 @@ class RingTest(parameterized.TestCase):
     self.assertAlmostEqual(float(slow.elapsed) / 64, 2.0, delta=0.02)
 
   @parameterized.parameters((1, 0.25, 0.72), (2, 1.0, 0.62))
+  @pytest.mark.slow
   def test_efficiency_of_a_pass(self, slots, cv, want):
     found = run(
       simulate.ring, 256, slots=slots, compute=1 / slots, latency=0.25, cv=cv

@@ -466,6 +466,7 @@ class RingTest(parameterized.TestCase):
     np.testing.assert_array_equal(alone.factors[2], want.factors[2])
     np.testing.assert_array_equal(alone.factors[1], given[2].factors[1])
 
+  @pytest.mark.slow
   def test_eight_devices_equal_one(self):
     self._eight_devices('fused')
 

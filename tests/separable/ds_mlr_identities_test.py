@@ -238,6 +238,7 @@ class JacobiTest(parameterized.TestCase):
     got = layout.sort_weights(slope)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-14)
 
+  @pytest.mark.slow
   def test_slope_of_what_follows(self):
     x, y, w, _ = draw()
     batch, layout = mlr_cells.split(x.astype('float32'), y, CLASSES)

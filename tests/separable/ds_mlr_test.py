@@ -210,6 +210,7 @@ class RingTest(parameterized.TestCase):
       *padded(), layout, refresh=refresh, ridge=1e-3, eta=lambda t: 0.5
     ).train(num_passes, oracle.travel(*shape))
 
+  @pytest.mark.slow
   def test_threads(self):
     self._threads('fused', 2)
 

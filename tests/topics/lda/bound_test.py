@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from scipy import special
 
@@ -83,6 +84,7 @@ class ElboTest(parameterized.TestCase):
     want -= gammaln(V * ETA + words.sum())
     np.testing.assert_allclose(got, want, rtol=1e-11)
 
+  @pytest.mark.slow
   def test_a_ring_equals_one_device(self):
     with jax.enable_x64(True):
       cells = self.cells(4, 8)

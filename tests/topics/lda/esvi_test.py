@@ -415,6 +415,7 @@ class RingTest(parameterized.TestCase):
     for leaf in jax.tree.leaves(state.memory):
       self.assertEqual(share(leaf), 1 / 4)
 
+  @pytest.mark.slow
   def test_two_processes_equal_one(self):
     processes.run('tests.topics.lda.travels', 2)
 

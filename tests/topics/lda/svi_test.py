@@ -191,6 +191,7 @@ class SviTest(parameterized.TestCase):
     self.assertLess(info.loss[-1], info.loss[0] - 0.3)
 
   @parameterized.parameters('shard_map', 'jit')
+  @pytest.mark.slow
   def test_eight_devices_equal_one(self, how):
     batch = make_batch(np.arange(16))
     key = jax.random.key(5)

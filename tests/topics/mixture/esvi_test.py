@@ -99,6 +99,7 @@ class EsviTest(parameterized.TestCase):
         # Each the same sums in its own order, so no nearer than rounding.
         theirs = theirs._replace(statistics=mixture.esvi.statistics(ours))
 
+  @pytest.mark.slow
   def test_fixed_blocks_keep_their_mass_and_stall(self):
     method = fitting.method('vi', 8)
     with jax.enable_x64(True):
