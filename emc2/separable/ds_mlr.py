@@ -63,8 +63,8 @@ class Resident(NamedTuple):
   count: jax.Array  # (), int32: finished passes.
   normalizers: jax.Array  # (m, n): u.
   known: jax.Array  # (m, n): what the last pass added up to.
-  table: Any  # (Q, m, n): of each block, or ().
   known_scores: jax.Array  # (m, n): likewise, the scores of labels.
+  table: Any  # (Q, m, n): of each block, or ().
   sums: jax.Array  # (m, n): log-sum-exp of the blocks of this pass so far.
   label_scores: jax.Array  # (m, n): scores of labels, of those so far.
 
@@ -154,6 +154,17 @@ def ds_mlr(
 
   Raises:
     ValueError: If an argument breaks its rule.
+
+  Examples:
+    >>> features, labels = np.eye(6, dtype=np.float32), np.arange(6) % 3
+    >>> batch, layout = mlr_cells.split(features, labels, 3, num_workers=2)
+    >>> method = ds_mlr(6, 3, ridge=1e-3)
+    >>> state = method.init(jax.random.key(0), batch)
+    >>> for _ in range(10):
+    ...   state, info = method.step(jax.random.key(1), state, batch)
+    >>> best = predict(state.weights, batch).classes
+    >>> layout.sort_rows(best)[:, 0]
+    array([0, 1, 2, 0, 1, 2], dtype=int32)
 
   References:
     Raman, Srinivasan, Matsushima, Zhang, Yun, Vishwanathan, `Scaling
@@ -346,7 +357,7 @@ def _evaluate(weights, batch, ridge, mesh, *, with_gradient):
   state = State(weights, (), zeros, (), jnp.zeros([], jnp.int32))
   residents, _, blocks = to_ring(jax.random.key(0), state, batch)
   alone = len(batch.classes) == 1 and with_gradient
-  finish = functools.partial(_finish, None)
+  finish = functools.partial(_finish, True)
   gather = ring.Rotation(_gather, finish)
   collect = ring.Rotation(functools.partial(_collect, alone), finish)
   if alone:
@@ -487,7 +498,7 @@ def f_scores(
 
 def _rotations(settings):
   update = functools.partial(_update, settings)
-  finish = functools.partial(_finish, settings)
+  finish = functools.partial(_finish, settings.refresh != 'sgd')
   if settings.refresh == 'two_pass':
     frozen = ring.Rotation(update, lambda resident: resident)
     return frozen, ring.Rotation(_gather, finish)
@@ -574,12 +585,11 @@ def _gather(resident, own, block, number):
   return resident, own, block
 
 
-def _finish(settings, resident):
-  """What was added up takes effect, and the next pass adds up anew."""
-  kept = settings is not None and settings.refresh == 'sgd'
+def _finish(takes_effect, resident):
+  """What was added up is known, and the next pass adds up anew."""
   return resident._replace(
     count=resident.count + 1,
-    normalizers=resident.normalizers if kept else resident.sums,
+    normalizers=resident.sums if takes_effect else resident.normalizers,
     known=resident.sums,
     sums=jnp.full_like(resident.sums, -jnp.inf),
     known_scores=resident.label_scores,

@@ -304,26 +304,13 @@ def _until(row, runs, peer, best):
 
 
 def _race_kernel(name, context):
-  """Kernels against plain JAX, where there is an accelerator."""
-  row = functools.partial(harness.Row, name=f'fm_visit, {name}')
-  if context.platform not in ('tpu', 'cuda') or context.smoke:
-    return [row(metric='time', unit='ms', note='not run: no accelerator')]
-  kernel = 'pallas_tpu' if context.platform == 'tpu' else 'pallas_gpu'
-  rows = []
-  for half in ('gradient', 'accumulate'):
-    side = lambda implementation, half=half: harness.Side(
+  return [
+    context.race_kernel(
+      f'fm_visit, {name}',
+      f'{half}, time of {LOOPS}',
       _OURS,
-      'kernel',
-      dict(spec=name, half=half, implementation=implementation),
-      accelerated=True,
+      spec=name,
+      half=half,
     )
-    rows.append(
-      context.race(
-        f'fm_visit, {name}',
-        f'{half}, time of {LOOPS}',
-        side(kernel),
-        side('xla'),
-        peer='plain JAX',
-      )
-    )
-  return rows
+    for half in ('gradient', 'accumulate')
+  ]

@@ -30,11 +30,14 @@ import numpy as np
 from emc2.experiments import quasi_newton
 from emc2.experiments.benchmarks import harness, peers_ds_mlr
 from emc2.experiments.data import generated
+from emc2.kernels import softmax_block
+from emc2.kernels.softmax_block import specs
 from emc2.separable import ds_mlr, mlr_cells, whitening
 from emc2.separable import rows as rows_lib
 
 PACKAGES = ('jax', 'jaxlib', 'numpy', 'optax', 'scipy', 'scikit-learn')
 GAPS = (1e-3, 1e-5)
+LOOPS = 20
 
 _OURS = 'emc2.experiments.benchmarks.ds_mlr'
 _PEERS = str(pathlib.Path(__file__).parent / 'peers_ds_mlr.py')
@@ -190,8 +193,38 @@ def passes(*, path, ridge, minibatches, size, count, refresh='table'):
   return spent.curve | {'compile': compiled}
 
 
+def time_kernel(*, spec: str, implementation: str):
+  """The visit at a shape of its `specs.py`, `LOOPS` times at once."""
+  rng = np.random.default_rng(0)
+  n, d, k, dtype = specs.SPECS[spec]
+  features = jnp.asarray(rng.normal(size=(n, d)), dtype)
+  weights = jnp.asarray(rng.normal(size=(d, k)) / d**0.5, jnp.float32)
+  labels = jnp.asarray(rng.integers(0, k, n), jnp.int32)
+  ones = jnp.ones(n)
+
+  @jax.jit
+  def run(features, weights, labels, ones):
+    def body(_, weights):
+      visit = softmax_block.softmax_block(
+        features,
+        weights,
+        5 * ones,
+        labels,
+        ones,
+        jnp.int32(k),
+        implementation=implementation,
+      )
+      return weights - 1e-9 * visit.gradient
+
+    return jax.lax.fori_loop(0, LOOPS, body, weights)
+
+  args = features, weights, labels, ones
+  compiled = run.lower(*args).compile()
+  return lambda: jax.block_until_ready(compiled(*args))
+
+
 VALUES = {'prepare': prepare, 'solve': solve, 'passes': passes}
-CASES = {}
+CASES = {'kernel': time_kernel}
 
 
 def first_below(curve: dict[str, list[float]], level: float) -> int | None:
@@ -259,7 +292,18 @@ def cases(smoke: bool) -> list[harness.Case]:
         f'passes, {problem}', functools.partial(_follow, run, problem)
       )
     )
+  names = list(specs.SPECS)[: 1 if smoke else None]
+  found += [
+    harness.Case(f'kernel, {name}', functools.partial(_race_kernel, name))
+    for name in names
+  ]
   return found
+
+
+def _race_kernel(name, context):
+  metric = f'time of {LOOPS}'
+  row = context.race_kernel(f'softmax_block, {name}', metric, _OURS, spec=name)
+  return [row]
 
 
 def _race(run, problem, name, context):

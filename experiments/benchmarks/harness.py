@@ -366,6 +366,31 @@ class Context:
       note='; '.join(why),
     )
 
+  def race_kernel(
+    self, name: str, metric: str, module: str, **arguments: Any
+  ) -> Row:
+    """Races a kernel with plain JAX, where there is an accelerator.
+
+    Args:
+      name: Of the row.
+      metric: Of the row.
+      module: Has a case `kernel`, which takes an `implementation`.
+      **arguments: The others of that case.
+
+    Returns:
+      The row; without an accelerator, or at tiny sizes, it says so.
+    """
+    if self.platform not in ('tpu', 'cuda') or self.smoke:
+      return Row(name, metric, 'ms', note='not run: no accelerator')
+    kernel = 'pallas_tpu' if self.platform == 'tpu' else 'pallas_gpu'
+    side = lambda implementation: Side(
+      module,
+      'kernel',
+      arguments | {'implementation': implementation},
+      accelerated=True,
+    )
+    return self.race(name, metric, side(kernel), side('xla'), peer='plain JAX')
+
 
 def machine() -> dict[str, Any]:
   """The machine and the programs that a table was made with."""

@@ -472,23 +472,5 @@ def _race_pass(run, form, context):
 
 
 def _race_kernel(name, context):
-  """A kernel against plain JAX, where there is an accelerator."""
-  row = functools.partial(harness.Row, name=f'topic_tile, {name}')
-  if context.platform not in ('tpu', 'cuda') or context.smoke:
-    return [row(metric='time', unit='ms', note='not run: no accelerator')]
-  kernel = 'pallas_tpu' if context.platform == 'tpu' else 'pallas_gpu'
-  side = lambda implementation: harness.Side(
-    _OURS,
-    'kernel',
-    {'spec': name, 'implementation': implementation},
-    accelerated=True,
-  )
-  return [
-    context.race(
-      f'topic_tile, {name}',
-      f'time of {LOOPS}',
-      side(kernel),
-      side('xla'),
-      peer='plain JAX',
-    )
-  ]
+  metric = f'time of {LOOPS}'
+  return [context.race_kernel(f'topic_tile, {name}', metric, _OURS, spec=name)]

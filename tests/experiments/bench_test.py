@@ -19,8 +19,10 @@ from emc2.contrastive import objective
 from emc2.experiments import bench
 from emc2.experiments.benchmarks import contrastive as contrastive_bench
 from emc2.experiments.benchmarks import contrastive_toys as toys
+from emc2.experiments.benchmarks import ds_mlr as mlr_bench
 from emc2.experiments.benchmarks import (
   harness,
+  peers_ds_mlr,
   peers_lda,
   peers_thomson,
   worker,
@@ -651,3 +653,36 @@ class LdaTest(parameterized.TestCase):
   def test_all_forms_of_a_pass_run(self):
     for form in ('ours', 'sparse', 'plain', 'dense'):
       lda_bench.time_pass(folder=self.folder, topics=4, form=form)()
+
+
+class DsMlrTest(parameterized.TestCase):
+  """The cases of softmax regression, at tiny sizes."""
+
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    self.path = os.path.join(folder.name, 'problem.npz')
+
+  def test_cases_have_names_of_their_own(self):
+    for smoke in (True, False):
+      names = [case.name for case in mlr_bench.cases(smoke)]
+      self.assertLen(set(names), len(names))
+
+  def test_ours_and_a_peer_come_to_one_optimum(self):
+    ridge = mlr_bench.prepare(self.path, 'digits', smoke=True)
+    settings = dict(path=self.path, ridge=ridge)
+    ours = mlr_bench.solve(
+      minibatches=2, steps=60, steps_per_call=20, **settings
+    )
+    peer = peers_ds_mlr.fit(
+      peer='lbfgs', dtype='float64', steps=200, **settings
+    )
+    np.testing.assert_allclose(ours['last'], peer['objective'][-1], rtol=1e-5)
+    np.testing.assert_allclose(ours['last'], ours['objective'][-1], rtol=1e-5)
+    self.assertEqual(ours['cpu'], sorted(ours['cpu']))
+    level = ours['last'] * 1.01
+    place = mlr_bench.first_below(ours, level)
+    self.assertLessEqual(ours['objective'][place], level)
+    self.assertGreater(ours['objective'][place - 1], level)
+    self.assertIsNone(mlr_bench.first_below(ours, 0.0))

@@ -35,6 +35,34 @@ class MeasureTest(parameterized.TestCase):
     self.assertEqual(row['all_reduce'], 2)
     self.assertEqual(row['all_gather'], 0)
 
+  def test_softmax_regression_exchanges_blocks_alone(self):
+    data = scale.Sparse(
+      num_rows=128, num_features=10, num_outputs=32, per_row=3
+    )
+    for refresh, rotations in (('fused', 1), ('two_pass', 2)):
+      build = lambda devices, refresh=refresh: scale.ds_mlr_step(
+        devices, data=data, num_minibatches=2, refresh=refresh
+      )
+      plan = scale.Plan('small', '8 CPUs', build, 1.0)
+      row = scale.measure(plan, jax.devices())
+      self.assertEqual(row['collective_permute'], rotations)
+      self.assertEqual(row['all_gather'] + row['all_reduce'], 0)
+      # Four classes of ten features, and rows without their features.
+      self.assertGreater(row['argument_bytes'], 4 * 4 * 10 + 3 * 4 * 16)
+
+  def test_factorisation_machines_exchange_blocks_and_a_number(self):
+    data = scale.Sparse(num_rows=128, num_features=40, num_outputs=4, per_row=3)
+    build = lambda devices: scale.ds_facto_step(devices, data=data)
+    plan = scale.Plan('small', '8 CPUs', build, 1.0)
+    row = scale.measure(plan, jax.devices())
+    self.assertEqual(row['collective_permute'], 2)  # Linear, and factors.
+    self.assertEqual((row['all_gather'], row['all_reduce']), (0, 1))
+
+  @parameterized.parameters(*scale.PLANS)
+  def test_plans_have_names_of_their_own(self, name):
+    plans = scale.PLANS[name]()
+    self.assertLen({(plan.name, plan.topology) for plan in plans}, len(plans))
+
   def test_writes_a_table(self):
     row = scale.measure(self.plan(num_topics=4, storage='phi'), jax.devices())
     refused = {k: row[k] for k in ('name', 'topology', 'chips')}
@@ -56,8 +84,6 @@ class MeasureTest(parameterized.TestCase):
   @pytest.mark.slow
   def test_compiles_for_a_tpu(self):
     """Where `libtpu` is; else it says that it is not."""
-    plans = scale.PLANS['esvi']()
-    self.assertLen({(plan.name, plan.topology) for plan in plans}, len(plans))
     with tempfile.TemporaryDirectory() as folder:
       try:
         rows = scale.run('esvi', pathlib.Path(folder))
