@@ -139,6 +139,7 @@ class BiasTest(parameterized.TestCase):
     for method in ('EMC2', 'EMC2, burn-in 0.5'):
       self.assertLess(_error(method, batch_size), bound * simclr)
 
+  @pytest.mark.slow
   def test_11_measured_numbers(self):
     for method, batch_size, want in (
       ('EMC2', 4, 0.174),

@@ -345,6 +345,7 @@ class CapacityTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(2, None)
+  @pytest.mark.slow
   def test_overflow_is_counted(self, num_views):
     (_, (want, _)), want_grads = self._run(None, num_views)
     (_, (after, info)), grads = self._run(1, num_views)
@@ -355,6 +356,7 @@ class CapacityTest(parameterized.TestCase):
       common.relative_error(grads['table'], want_grads['table']), 0.01
     )
 
+  @pytest.mark.slow
   def test_old_scores_decide_who_finds_room(self):
     (_, (_, right)), _ = self._run(3, 2)
     (_, (_, wrong)), _ = self._run(3, 2, sign=-5)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from scipy import stats
 
@@ -189,6 +190,7 @@ class IsogclrTest(parameterized.TestCase):
       at_minimum = np.isclose(memory.temperature, 0.05)
       self.assertEqual(bool(at_minimum.all()), pinned)
 
+  @pytest.mark.slow
   def test_temperatures_order_by_class_size(self):
     """The equilibrium of the specification, section 6 (d)."""
     sizes = [60, 45, 35, 27, 20, 15, 11, 8, 6, 4]

@@ -137,6 +137,7 @@ class DrawTest(parameterized.TestCase):
         sorted(row.tolist()), [i for i in range(8) if i != own]
       )
 
+  @pytest.mark.slow
   def test_more_negatives_have_less_variance(self):
     views = common.clusters(12, 3, size=4)
     params, one = common.table(views), common.batch([1, 7])
@@ -152,6 +153,7 @@ class DrawTest(parameterized.TestCase):
       variance.append(np.asarray(grads).var(axis=0).sum())
     self.assertLess(variance[1], variance[0] / 3)
 
+  @pytest.mark.slow
   def test_pending_names_all_that_is_embedded(self):
     """An encoder that knows only those samples gives the same."""
     views = common.clusters(30, 3)
@@ -234,6 +236,7 @@ class FullCacheTest(parameterized.TestCase):
       self.assertTrue(np.all(memory.index[num_rows:] == -1))
     self.assertEqual(memory.count, 9)
 
+  @pytest.mark.slow
   def test_second_view_may_be_the_positive(self):
     views = common.clusters(6, 3)
     params = common.table(views)

@@ -126,6 +126,7 @@ class SogclrTest(parameterized.TestCase):
     np.testing.assert_allclose(np.exp(memory.log_u[0]), want, rtol=2e-6)
 
   @parameterized.parameters([0.5])
+  @pytest.mark.slow
   def test_stationary_variance(self, gamma):
     self.check_variance(gamma)
 

@@ -266,6 +266,7 @@ class HarnessTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'served.py is no table'):
       harness.read_ours(self.served)
 
+  @pytest.mark.slow
   def test_the_command_measures_and_writes(self):
     command = [sys.executable, '-m', 'emc2.experiments.bench', 'contrastive']
     command += ['--smoke', '--only=SimCLR, B=32, nt', f'--out={self.folder}']
@@ -485,6 +486,7 @@ class ThomsonTest(parameterized.TestCase):
     np.testing.assert_allclose(value, want[0], rtol=1e-12)
     self.assertEqual(gradient.dtype, np.float64)
 
+  @pytest.mark.slow
   def test_kernels_run(self):
     for spec in ('thomson_12', 'visiting_block'):
       thomson_bench.time_kernel(spec=spec, implementation='xla')()

@@ -50,6 +50,7 @@ class DsFactoTest(parameterized.TestCase):
       state, info = step(jax.random.key(1), state, (number, method.cells))
     return ds_facto.ds_facto.collect(state, method.layout), info['loss']
 
+  @pytest.mark.slow
   def test_ratings(self):
     path = self.folder / 'ratings.csv'
     rng = np.random.default_rng(0)

@@ -60,6 +60,7 @@ class DsMlrTest(parameterized.TestCase):
       state, _ = step(jax.random.key(1), state, (number, method.batch))
     return method.layout.sort_weights(state.weights)
 
+  @pytest.mark.slow
   def test_synthetic(self):
     results = self._run(
       data='synthetic', workers='1,2', passes=40, steps_per_pass=32

@@ -74,6 +74,7 @@ class GmmTest(parameterized.TestCase):
     self.assertGreater(results['svi.elbo'], results['svi_paper.elbo'])
     self.assertGreater((self.folder / 'run/figure.png').stat().st_size, 30_000)
 
+  @pytest.mark.slow
   def test_files_and_covariances(self):
     rows = np.random.default_rng(0).normal(size=(200, 2))
     rows = rows @ np.array([[1.0, 0.95], [0.0, 0.1]])

@@ -64,6 +64,7 @@ class LatentDirichletAllocationTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(*METHODS)
+  @pytest.mark.slow
   def test_fits_about_as_well_as_sklearn(self, method):
     counts = _counts()
     theirs = sklearn.decomposition.LatentDirichletAllocation(
@@ -127,6 +128,7 @@ class LatentDirichletAllocationTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'features'):
       model.partial_fit(counts[:, :10])
 
+  @pytest.mark.slow
   def test_one_topic(self):
     counts = _counts()
     for method in METHODS:
@@ -162,6 +164,7 @@ class LatentDirichletAllocationTest(parameterized.TestCase):
     with self.assertRaisesRegex(NotImplementedError, 'sub_sampling'):
       Ours(2, max_iter=1).fit(_counts()).perplexity(_counts(), True)
 
+  @pytest.mark.slow
   def test_quick_checks(self):
     model = Ours(learning_method='svi', max_iter=1)
     found = {

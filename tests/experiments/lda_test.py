@@ -88,6 +88,7 @@ class LdaTest(parameterized.TestCase):
     self.assertLen(text, len(names) * 5 - 1)
     self.assertRegex(text[1], r'^ *\d+\.\d%  ?-?\d\.\d+  w\d+ w\d+ ')
 
+  @pytest.mark.slow
   def test_bound_of_topics_by_hand(self):
     """Of one pass of VI from known sums, against `elbo` on the whole corpus."""
     config = lda.Config(**(SMALL | dict(corpus=self._file())))

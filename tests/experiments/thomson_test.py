@@ -166,6 +166,7 @@ class ThomsonTest(parameterized.TestCase):
     method = thomson_methods.METHODS[name](_problem(num_steps=20))
     return thomson.train(config, name, method, self.folder / folder)
 
+  @pytest.mark.slow
   def test_goes_on_after_a_cut(self):
     whole = self._train('whole', 'annealing')
     train = runner.train
@@ -183,6 +184,7 @@ class ThomsonTest(parameterized.TestCase):
     np.testing.assert_array_equal(again[0], whole[0])
     self.assertEqual(again[1], whole[1])
 
+  @pytest.mark.slow
   def test_8_devices_equal_1(self):
     eight = self._train('eight', 'momentum', restarts=8)
     with mock.patch.object(jax, 'device_count', return_value=1):

@@ -104,6 +104,7 @@ class ForwardTest(Float64TestCase):
     self.assertLess(error(got.gradient, gradient), bound)
 
   @parameterized.parameters('float32', 'float64')
+  @pytest.mark.slow
   def test_close_pair(self, dtype):
     """A pair at 1e-3 must not drown what the others give to it."""
     x = sphere(200, 3)
@@ -187,6 +188,7 @@ class MemoryTest(Float64TestCase):
 
 class DerivativeTest(Float64TestCase):
   @parameterized.parameters((1.0, 3), (2.5, 9))
+  @pytest.mark.slow
   def test_against_plain_jax(self, exponent, dim):
     self.check_against_plain_jax(exponent, dim)
 

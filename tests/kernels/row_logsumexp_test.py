@@ -238,6 +238,7 @@ class ReferenceTest(parameterized.TestCase):
     )
 
   @parameterized.parameters('bfloat16', 'float16')
+  @pytest.mark.slow
   def test_half_precision_errs_no_more_than_plain_jax(self, dtype):
     args = problem(64, 64, 16, 10.0, dtype)
     want = oracle(*args)

@@ -468,6 +468,7 @@ class GpuKernelTest(parameterized.TestCase):
     # As exact as float32, of numbers of 16 bits.
     assert_close(got, plain(*args, normalizer=normalizer))
 
+  @pytest.mark.slow
   def test_matches_reference(self):
     self._assert_matches(problem(10, 20, 7), 'joint')
 

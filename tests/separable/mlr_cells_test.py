@@ -23,7 +23,9 @@ class SplitTest(parameterized.TestCase):
     self.assertEqual(batch.features.shape, (3, 4, 6, 5))
     self.assertEqual(batch.classes.shape, (6, 3))
     types = [leaf.dtype for leaf in jax.tree.leaves(batch)]
-    self.assertEqual(types, [np.float32, np.int32, np.float32, np.int32])
+    whole = [np.int32] * 2
+    self.assertEqual(types, [np.float32, np.int32, np.float32, *whole])
+    np.testing.assert_array_equal(batch.sizes, [[3, 3, 3, 2, 2, 2]] * 3)
     for ids, count in ((layout.row_ids, 70), (batch.classes, 15)):
       np.testing.assert_array_equal(np.sort(ids[ids >= 0]), np.arange(count))
     # No part has two more than another, and padding comes last.

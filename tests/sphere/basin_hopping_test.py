@@ -116,6 +116,7 @@ class WalkTest(parameterized.TestCase):
     self.assertTrue(infos.accepted.any())
     self.assertFalse(infos.accepted.all())
 
+  @pytest.mark.slow
   def test_metropolis(self):
     """The share of accepted rises of a size is exp(-size / T)."""
     heights = jnp.array(0.7)
@@ -143,6 +144,7 @@ class WalkTest(parameterized.TestCase):
       stay(state.best_points)[1], state.best_energy, rtol=1e-6
     )
 
+  @pytest.mark.slow
   def test_lets_no_failed_minimum_in(self):
     fail = lambda points: (points, jnp.where(points[0, 0] > 0, jnp.nan, 1.0))
     state, infos = self._run(50, minimize=fail)

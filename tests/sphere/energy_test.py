@@ -69,6 +69,7 @@ class EnergyTest(Float64TestCase):
     gradient = jax.grad(sphere.energy)(x, 0.0)
     np.testing.assert_allclose(jnp.sum(x * gradient, axis=1), -39 / 2)
 
+  @pytest.mark.slow
   def test_rotations_and_permutations(self):
     """Identity 6."""
     x = draw(30)

@@ -78,6 +78,7 @@ class MinimizeTest(parameterized.TestCase):
     self.assertEqual(grid.energy.shape, (1, 3))
     np.testing.assert_allclose(grid.energy[0], many.energy, rtol=1e-12)
 
+  @pytest.mark.slow
   def test_an_ended_chain_stays_as_it_is(self):
     """The first chain starts at the minimum; the second needs a while."""
     x = jnp.stack(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import transforms
@@ -67,6 +68,7 @@ class AddTangentNoiseTest(parameterized.TestCase):
         updates, _ = tx.update(points, tx.init(points), points)
       self.assertEqual(updates.dtype, dtype)
 
+  @pytest.mark.slow
   def test_reaches_the_gibbs_distribution(self):
     """A dipole in a field: its mean is Langevin's coth(1/T) - T."""
     rate, temperature = 0.02, 0.5

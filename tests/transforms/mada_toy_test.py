@@ -100,6 +100,7 @@ class ToyTest(parameterized.TestCase):
     np.testing.assert_allclose(ends.x, xs, rtol=0, atol=1.1e-3)
     np.testing.assert_allclose(ends.regret[1], regret, rtol=0, atol=1.1e-3)
 
+  @pytest.mark.slow
   def test_learns_to_leave_adam(self):
     rho = _ends()['mada'].rho
     np.testing.assert_allclose(rho[0], 0.04, atol=5e-3)

@@ -332,6 +332,7 @@ class SearchOnSphereTest(Float64TestCase):
     got = optax.tree.get(state, 'grad')
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
 
+  @pytest.mark.slow
   def test_still_points_stay(self):
     """The gradient of a row that has not moved is that of its point."""
     search = optax.scale_by_backtracking_linesearch(9, store_grad=True)
@@ -376,6 +377,7 @@ class SearchOnSphereTest(Float64TestCase):
     want = np.sum((coulomb.normalize(points + updates) - target) ** 2)
     np.testing.assert_allclose(state.value, want, rtol=1e-12)
 
+  @pytest.mark.slow
   def test_lbfgs_finds_the_icosahedron(self):
     # L-BFGS adds indices of two widths.
     self.enterContext(jax.numpy_dtype_promotion('standard'))

@@ -31,8 +31,8 @@ def on_ring(
     ...     starts=np.array([0, 2, 4]), word_ids=np.array([0, 1, 2, 3]),
     ...     counts=np.ones(4, np.float32), num_words=4)
     >>> batch = mesh_lib.place(cells.cut(corpus)[0], mesh, cells.specs())
-    >>> state = method.init(jax.random.key(0), batch)
-    >>> state, info = method.step(jax.random.key(1), state, batch)
+    >>> state = jax.jit(method.init)(jax.random.key(0), batch)
+    >>> state, info = jax.jit(method.step)(jax.random.key(1), state, batch)
     >>> round(float(state.words.sum()), 4)
     4.0
   """

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import numpy as np
+import pytest
 from absl import flags
 from absl.testing import parameterized
 
@@ -83,6 +84,7 @@ class LoaderTest(parameterized.TestCase):
       got = join(take(part, 4))
       np.testing.assert_array_equal(got, want[:, 2 * shard : 2 * shard + 2])
 
+  @pytest.mark.slow
   def test_worker_processes_give_the_same(self):
     settings = dict(batch_size=4, prefetch=1)
     want = join(take(data.batches(make(), **settings), 8))

@@ -418,6 +418,7 @@ class LayersTest(parameterized.TestCase):
 
 
 class ShardingTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_equals_one_device(self):
     self.check(TINY, dict(fsdp=4, tensor=2), sequence_parallel=True)
 

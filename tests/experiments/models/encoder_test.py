@@ -199,6 +199,7 @@ class EncoderTest(parameterized.TestCase):
     got = jax.jit(pure.apply_features)(pure.params, images)
     np.testing.assert_allclose(got, jax.nn.relu(want), rtol=1e-4, atol=1e-5)
 
+  @pytest.mark.slow
   def test_each_image_stands_alone(self):
     # No state, and no statistics over the batch: also with group norm.
     trunk = resnet.ResNet(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
@@ -90,6 +91,7 @@ class Cvb0Test(parameterized.TestCase):
     np.testing.assert_allclose(tokens, state.totals, rtol=1e-9)
     self.assertLess(losses[-1], losses[0] - 0.3)
 
+  @pytest.mark.slow
   def test_refreshing_mends_drift(self):
     with jax.enable_x64(True):
       cells = cut(1, 3)

@@ -130,6 +130,7 @@ class EsviTest(parameterized.TestCase):
       plain.responsibilities, whole.responsibilities, rtol=0, atol=1e-12
     )
 
+  @pytest.mark.slow
   def test_inner_batches_are_fresher(self):
     """So that the bound rises faster at first, on the mean over some data."""
     gains = []
@@ -186,6 +187,7 @@ class EsviTest(parameterized.TestCase):
     self.assertGreater(np.min(errors[:6]), 0.4)
     self.assertLess(errors[6], 1e-12)
 
+  @pytest.mark.slow
   def test_chunks_of_rows_that_overlap(self):
     """More rows than are taken at a time, and no multiple of it."""
     num_rows = model_lib.rows_at_once(2) + 11

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2.topics import mixture
@@ -70,6 +71,7 @@ class SviTest(parameterized.TestCase):
       want = fitting.elbo()(state.statistics, data)
     np.testing.assert_allclose(np.mean(bounds), want, rtol=1e-12)
 
+  @pytest.mark.slow
   def test_hoffmans_schedule_beats_the_papers(self):
     """The printed step sizes sum to 0.1 log t: they hardly move."""
     data = jnp.float32(oracle.points(0, 2_000, 2)[0])
