@@ -156,7 +156,7 @@ def augment(
     >>> images = jnp.arange(128, dtype=jnp.uint8).reshape(2, 8, 8, 1)
     >>> index, view = jnp.array([0, 1]), jnp.array([3, 3], jnp.uint32)
     >>> key, recipe = jax.random.key(0), Recipe(flip=0.5, shift=1)
-    >>> draw = jax.jit(functools.partial(augment, recipe=recipe))
+    >>> draw = jax.jit(lambda *given: augment(*given, recipe=recipe))
     >>> both = draw(key, images, index, view)
     >>> second = draw(key, images[1:], index[1:], view[1:])
     >>> both.shape, bool((second[0] == both[1]).all())
