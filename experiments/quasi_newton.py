@@ -64,8 +64,10 @@ def lbfgs(
     return optax.tree.set(tx.init(params), value=value, grad=gradient)
 
   def copy_and_init(params, *args):
-    # Leaves that share a buffer could not be donated.
-    return jax.tree.map(jnp.copy, init(params, *args))
+    # Leaves that share a buffer could not be donated, and a count that takes
+    # its type from others would be compiled twice.
+    own = lambda leaf: jnp.array(leaf, leaf.dtype, copy=True)
+    return jax.tree.map(own, init(params, *args))
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, state, *args):

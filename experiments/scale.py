@@ -55,7 +55,7 @@ class Plan:
   name: str
   topology: str
   build: Callable[[Sequence[Any]], tuple[Callable, tuple]]
-  message: float
+  message: float | int
   memory: float = 95e9
 
 
