@@ -56,7 +56,7 @@ class Plan:
   topology: str
   build: Callable[[Sequence[Any]], tuple[Callable, tuple]]
   message: float | int
-  memory: float = 95e9
+  memory: float | int = 95e9
 
 
 @dataclasses.dataclass(frozen=True)
