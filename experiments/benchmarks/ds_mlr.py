@@ -26,6 +26,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from emc2.experiments import quasi_newton
 from emc2.experiments.benchmarks import harness, peers_ds_mlr
@@ -42,16 +43,15 @@ LOOPS = 20
 _OURS = 'emc2.experiments.benchmarks.ds_mlr'
 _PEERS = str(pathlib.Path(__file__).parent / 'peers_ds_mlr.py')
 
+_ADAM = dict(inner='adam', size=0.5, decay=1.5, minibatches=20)
 PROBLEMS = {
   'digits': dict(
-    minibatches=1, steps_per_call=5, passes=dict(size=4.0, minibatches=64)
+    minibatches=1,
+    steps_per_call=5,
+    passes=dict(inner='none', size=2.0, decay=0.5, minibatches=64),
   ),
-  'text100': dict(
-    minibatches=10, steps_per_call=1, passes=dict(size=8.0, minibatches=40)
-  ),
-  'text1000': dict(
-    minibatches=10, steps_per_call=1, passes=dict(size=8.0, minibatches=40)
-  ),
+  'text100': dict(minibatches=10, steps_per_call=1, passes=_ADAM),
+  'text1000': dict(minibatches=10, steps_per_call=1, passes=_ADAM),
 }
 
 PEERS = {
@@ -161,7 +161,7 @@ def solve(*, path, ridge, minibatches, steps, steps_per_call=1):
   return spent.curve | {'compile': compiled, 'last': last}
 
 
-def passes(*, path, ridge, minibatches, size, count, refresh='table'):
+def passes(*, path, ridge, minibatches, inner, size, decay, count):
   """The curve of the ring's stochastic passes on one worker."""
   features, labels = _read(path)
   num_classes = int(labels.max()) + 1
@@ -171,12 +171,14 @@ def passes(*, path, ridge, minibatches, size, count, refresh='table'):
       features, labels, num_classes, num_minibatches=minibatches
     )
     batch = jax.device_put(batch)
+  schedule = ds_mlr.inverse_sqrt(size, decay)
+  if inner == 'adam':
+    by_pass = lambda count: schedule(count // minibatches)
+    settings = dict(inner=optax.adam(by_pass))
+  else:
+    settings = dict(step_size=schedule)
   method = ds_mlr.ds_mlr(
-    features.shape[1],
-    num_classes,
-    ridge=ridge,
-    refresh=refresh,
-    step_size=ds_mlr.inverse_sqrt(size, 1.0),
+    features.shape[1], num_classes, ridge=ridge, refresh='table', **settings
   )
   key = jax.random.key(0)
   state = jax.jit(method.init)(key, batch)
