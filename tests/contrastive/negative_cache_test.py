@@ -395,6 +395,7 @@ class BoundedCacheTest(parameterized.TestCase):
     self.assertTrue(np.all(grads['table'] == 0))
     np.testing.assert_array_equal(memory.index[:4], [5, 2, -1, -1])
 
+  @pytest.mark.slow
   def test_cache_of_one_sample_more_than_can_be_drawn(self):
     """Two draws where one row is left: the second has no weight."""
     views = common.clusters(8, 3)

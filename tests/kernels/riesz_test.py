@@ -70,6 +70,7 @@ class ForwardTest(Float64TestCase):
     self.assertLess(error(got.gradient, gradient), 2e-12)
 
   @parameterized.product(exponent=(0.0, 1.0), dim=(4, 8, 9, 24))
+  @pytest.mark.slow
   def test_dimensions(self, exponent, dim):
     x = sphere(130, dim)
     got = riesz.riesz(x, exponent=exponent)

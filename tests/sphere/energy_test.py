@@ -123,6 +123,7 @@ class EnergyTest(Float64TestCase):
     value, _ = jax.value_and_grad(sphere.energy)(x, exponent)
     self.assertAlmostEqual(float(value) / want, 1, delta=1e-14)
 
+  @pytest.mark.slow
   def test_dtype_follows_the_points(self):
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float64):
       points = jnp.asarray(draw(10), dtype)

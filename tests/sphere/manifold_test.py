@@ -5,6 +5,7 @@ import tracemalloc
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import sphere
@@ -105,6 +106,7 @@ class WideTest(parameterized.TestCase):
       np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
       curve = jax.jacfwd(curve)
 
+  @pytest.mark.slow
   def test_exponential_is_smooth_where_nothing_moves(self):
     point = np.array([[0.0, 0.0, 1.0]])
     origin = np.zeros((1, 3))

@@ -107,6 +107,7 @@ class MinimizeTest(parameterized.TestCase):
     self.assertLess(fine.energy, rough.energy)
     self.assertLess(rough.energy, short.energy)
 
+  @pytest.mark.slow
   def test_gives_the_best_points_of_a_search_that_leaps(self):
     leap = transforms.riemannian(optax.sgd(10.0))
     x = draw(6, 1)[0]

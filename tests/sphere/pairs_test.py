@@ -261,6 +261,7 @@ class StepTest(parameterized.TestCase):
     error = np.std(infos.loss[-500:]) / np.sqrt(500)
     self.assertLess(abs(np.mean(infos.loss[-500:]) - 4456.0), 5 * error + 10)
 
+  @pytest.mark.slow
   def test_sign_of_the_second_force(self):
     """As printed, Algorithm 1 moves both points of a pair the same way."""
     n, num_steps = 10, 20_000

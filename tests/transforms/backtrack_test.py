@@ -188,6 +188,7 @@ class BacktrackTest(parameterized.TestCase):
       norms = np.linalg.norm(ends, axis=1)
       np.testing.assert_allclose(norms, 1, atol=5e-16)
 
+  @pytest.mark.slow
   def test_values_alone_end_early(self):
     """Without the test on slopes rounding refuses the last steps."""
     points = jnp.asarray(coulomb.uniform(0, 50, 3, dtype=np.float64))

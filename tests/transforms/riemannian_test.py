@@ -451,6 +451,7 @@ class RiemannianTest(Float64TestCase):
       for second in ends[:i]:
         self.assertGreater(np.abs(first - second).max(), 1e-4)
 
+  @pytest.mark.slow
   def test_takes_any_gradient_of_the_energy(self):
     """In space, tangent, or of the energy of normalised rows."""
     points = jnp.asarray(coulomb.uniform(0, 7, 3, dtype=np.float64))
@@ -465,6 +466,7 @@ class RiemannianTest(Float64TestCase):
         _update(tx, grads, points), want, rtol=1e-10, atol=1e-12
       )
 
+  @pytest.mark.slow
   def test_lengths_without_retraction(self):
     """Energies of directions: gradients are tangent, and rows only grow."""
     rng = np.random.default_rng(0)

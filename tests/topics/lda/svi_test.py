@@ -168,6 +168,7 @@ class SviTest(parameterized.TestCase):
       svi.word_sums(after), svi.word_sums(state) / 2, rtol=1e-6
     )
 
+  @pytest.mark.slow
   def test_finds_the_topics(self):
     """Two groups of words that never meet; the bound finds them."""
     rng = np.random.default_rng(0)
