@@ -104,6 +104,22 @@ def on_mesh(
   return run(residents, kept, blocks)
 
 
+def run(
+  rotations: Sequence[Rotation],
+  residents: Any,
+  kept: Any,
+  blocks: Any,
+  mesh: jax.sharding.Mesh | None = None,
+  *,
+  schedule: schedules.Schedule | None = None,
+) -> tuple[Any, Any, Any]:
+  """A pass :func:`on_mesh`, or :func:`virtual` where there is none."""
+  given = rotations, residents, kept, blocks
+  if mesh is None:
+    return virtual(*given, schedule=schedule)
+  return on_mesh(*given, mesh, schedule=schedule)
+
+
 def serial(
   rotations: Sequence[Rotation],
   residents: Any,

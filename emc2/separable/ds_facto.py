@@ -18,7 +18,6 @@ import numpy as np
 from emc2 import algorithm, ring
 from emc2 import mesh as mesh_lib
 from emc2.kernels import fm_visit
-from emc2.ring import executors
 from emc2.separable import fm_cells
 from emc2.separable import rows as rows_lib
 
@@ -139,7 +138,7 @@ def init(
   )
   visit = _accumulate_only(settings)
   parts = (ring.Rotation(visit, _swap),)
-  found = _run(parts, *to_ring(state, cells, settings), mesh)
+  found = ring.run(parts, *to_ring(state, cells, settings), mesh)
   return from_ring(state, found[0], found[2])._replace(count=state.count)
 
 
@@ -164,7 +163,7 @@ def step(
     bias -= jnp.asarray(_step_size(settings, state.count), bias.dtype) * slope
   parts = _parts(settings, _swap)
   given = to_ring(state._replace(bias=bias), cells, settings)
-  residents, _, blocks = _run(parts, *given, mesh)
+  residents, _, blocks = ring.run(parts, *given, mesh)
   new = from_ring(state, residents, blocks)
   new = new._replace(
     bias=bias,
@@ -598,12 +597,6 @@ def _check_cells(cells, num_features, loss, mesh):
     )
   if isinstance(labels, np.ndarray):
     fm_cells.check_labels(labels[np.asarray(cells.present) > 0], loss)
-
-
-def _run(parts, residents, kept, blocks, mesh):
-  if mesh is None:
-    return executors.virtual(parts, residents, kept, blocks)
-  return executors.on_mesh(parts, residents, kept, blocks, mesh)
 
 
 def _add_workers(values, mesh):

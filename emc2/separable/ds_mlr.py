@@ -225,7 +225,7 @@ def step(
   """One pass: all blocks go round, once or twice; see :func:`ds_mlr`."""
   given = to_ring(key, state, batch)
   parts = _rotations(settings)
-  residents, _, blocks = _run(parts, given, mesh, schedule)
+  residents, _, blocks = ring.run(parts, *given, mesh, schedule=schedule)
   # All workers have counted this pass; to ask one would be a message.
   count = state.count + 1
   state = from_ring(residents, blocks)._replace(count=count)
@@ -366,7 +366,7 @@ def _evaluate(weights, batch, ridge, mesh, *, with_gradient):
     parts = (gather, collect) if with_gradient else (gather,)
   gradient = jnp.zeros_like(weights) if with_gradient else ()
   given = residents, (), (blocks[0], gradient)
-  residents, _, (_, gradient) = _run(parts, given, mesh)
+  residents, _, (_, gradient) = ring.run(parts, *given, mesh)
   excess = batch.weights * (residents.known - residents.known_scores)
   loss = jnp.sum(excess) / total + 0.5 * ridge * jnp.sum(weights**2)
   if with_gradient:
@@ -465,7 +465,8 @@ def predict(
     return (batch, best), own, block
 
   parts = (ring.Rotation(visit, lambda resident: resident),)
-  residents, _, _ = _run(parts, ((batch, best), (), (weights, classes)), mesh)
+  given = (batch, best), (), (weights, classes)
+  residents, _, _ = ring.run(parts, *given, mesh)
   return residents[1]
 
 
@@ -650,12 +651,6 @@ def _scores(features, weights, num_rows):
     return features @ weights
   zeros = jnp.zeros_like(weights, shape=(num_rows, weights.shape[1]))
   return sliced.add_matmul(zeros, features.rows, weights)
-
-
-def _run(parts, given, mesh, schedule=None):
-  if mesh is None:
-    return ring.virtual(parts, *given, schedule=schedule)
-  return ring.on_mesh(parts, *given, mesh, schedule=schedule)
 
 
 def _step_size(settings, count):

@@ -1,4 +1,4 @@
-"""Sparse rows of features, on the host and padded for a device."""
+"""Sparse rows of features, on the host."""
 
 from typing import Any, NamedTuple
 
@@ -47,13 +47,6 @@ class SparseRows(NamedTuple):
     dense = np.zeros(self.shape, self.values.dtype)
     dense[self.row_ids, self.ids] = self.values
     return dense
-
-
-class PaddedRows(NamedTuple):
-  """Rows of equal width, for a device."""
-
-  ids: Any  # (..., n, width), int32; 0 in the padding.
-  values: Any  # (..., n, width), float32; 0 in the padding.
 
 
 def from_csr(matrix: Any) -> SparseRows:
@@ -134,30 +127,6 @@ def from_dense(matrix: np.ndarray) -> SparseRows:
     values=values.astype(np.float32),
     num_features=matrix.shape[1],
   )
-
-
-def pad(rows: SparseRows, numbers: np.ndarray) -> PaddedRows:
-  """Some rows as wide as the longest of them.
-
-  Args:
-    rows: All rows.
-    numbers: (n,) numbers of rows; -1 makes an empty one.
-
-  Returns:
-    NumPy arrays; the width is at least 1.
-  """
-  numbers = np.asarray(numbers)
-  lengths = np.diff(rows.starts)[numbers] * (numbers >= 0)
-  columns = np.arange(max(1, lengths.max(initial=0)))
-  inside = columns < lengths[:, None]
-  place = (rows.starts[numbers][:, None] + columns)[inside]
-  padded = PaddedRows(
-    np.zeros(inside.shape, np.int32),
-    np.zeros(inside.shape, rows.values.dtype),
-  )
-  padded.ids[inside] = rows.ids[place]
-  padded.values[inside] = rows.values[place]
-  return padded
 
 
 def check_finite(name: str, values: np.ndarray, rows: np.ndarray) -> None:

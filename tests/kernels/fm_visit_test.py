@@ -14,6 +14,8 @@ from emc2.kernels import fm_visit, lowering
 from emc2.kernels.fm_visit import pallas_gpu, pallas_tpu
 from emc2.kernels.fm_visit.specs import SPECS
 
+from tests.kernels import devices
+
 P = jax.sharding.PartitionSpec
 
 
@@ -323,25 +325,12 @@ class ErrorTest(parameterized.TestCase):
         fm_visit.accumulate(cell, *args[3:], 4, implementation=name)
 
 
-def runnable():
-  """The implementations that this machine can run, with their platforms."""
-  found = [('xla', 'cpu')]
-  for name, platform in (('pallas_tpu', 'tpu'), ('pallas_gpu', 'cuda')):
-    try:
-      jax.devices(platform)
-    except RuntimeError:
-      continue
-    if platform == 'tpu' or lowering.is_hopper():
-      found.append((name, platform))
-  return found
-
-
 class DeviceTest(parameterized.TestCase):
   """Each named implementation, compiled and run where its chip is here."""
 
   @parameterized.parameters(
     (*which, *shape)
-    for which in runnable()
+    for which in devices.runnable()
     for shape in ((64, 64, 16), (300, 700, 100))
   )
   def test_matches_float64(self, name, platform, n, d, k):

@@ -20,6 +20,8 @@ from emc2.kernels.row_logsumexp import (
 )
 from emc2.kernels.row_logsumexp.specs import SPECS
 
+from tests.kernels import devices
+
 P = jax.sharding.PartitionSpec
 
 
@@ -572,25 +574,12 @@ class GpuKernelTest(parameterized.TestCase):
       row_logsumexp(rows, columns, position, scale, implementation='pallas_gpu')
 
 
-def runnable():
-  """The implementations that this machine can run, with their platforms."""
-  found = [('xla', 'cpu')]
-  for name, platform in (('pallas_tpu', 'tpu'), ('pallas_gpu', 'cuda')):
-    try:
-      jax.devices(platform)
-    except RuntimeError:
-      continue
-    if platform == 'tpu' or lowering.is_hopper():
-      found.append((name, platform))
-  return found
-
-
 class DeviceTest(parameterized.TestCase):
   """Each named implementation, compiled and run where its chip is here."""
 
   @parameterized.parameters(
     (name, platform, dtype, *shape)
-    for name, platform in runnable()
+    for name, platform in devices.runnable()
     for dtype in ('float32', 'bfloat16')
     for shape in ((64, 64, 128), (100, 330, 40), (512, 512, 128), (8, 8, 256))
   )

@@ -21,6 +21,8 @@ from emc2.kernels.softmax_block import (
 )
 from emc2.kernels.softmax_block.specs import SPECS
 
+from tests.kernels import devices
+
 P = jax.sharding.PartitionSpec
 MODES = reference.NORMALIZERS
 
@@ -503,25 +505,12 @@ class GpuKernelTest(parameterized.TestCase):
     self.assertRegex(pallas_gpu.unsupported(x, w), reason)
 
 
-def runnable():
-  """The implementations that this machine can run, with their platforms."""
-  found = [('xla', 'cpu')]
-  for name, platform in (('pallas_tpu', 'tpu'), ('pallas_gpu', 'cuda')):
-    try:
-      jax.devices(platform)
-    except RuntimeError:
-      continue
-    if platform == 'tpu' or lowering.is_hopper():
-      found.append((name, platform))
-  return found
-
-
 class DeviceTest(parameterized.TestCase):
   """Each named implementation, compiled and run where its chip is here."""
 
   @parameterized.parameters(
     (*which, *case)
-    for which in runnable()
+    for which in devices.runnable()
     for case in (
       (64, 64, 64, 'float32', 'frozen'),
       (300, 65, 130, 'float32', 'joint'),

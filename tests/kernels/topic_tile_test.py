@@ -19,6 +19,8 @@ from emc2.kernels.topic_tile import (
 )
 from emc2.kernels.topic_tile.specs import SPECS
 
+from tests.kernels import devices
+
 P = jax.sharding.PartitionSpec
 
 
@@ -442,25 +444,12 @@ class GpuKernelTest(parameterized.TestCase):
       self.assertGreater(np.abs(np.asarray(part, np.float64)).max(), 0)
 
 
-def runnable():
-  """The implementations that this machine can run, with their platforms."""
-  found = [('xla', 'cpu')]
-  for name, platform in (('pallas_tpu', 'tpu'), ('pallas_gpu', 'cuda')):
-    try:
-      jax.devices(platform)
-    except RuntimeError:
-      continue
-    if platform == 'tpu' or lowering.is_hopper():
-      found.append((name, platform))
-  return found
-
-
 class DeviceTest(parameterized.TestCase):
   """Each named implementation, compiled and run where its chip is here."""
 
   @parameterized.parameters(
     (*which, *shape)
-    for which in runnable()
+    for which in devices.runnable()
     for shape in (
       (64, 64, 16, 'float32'),
       (300, 700, 100, 'uint8'),

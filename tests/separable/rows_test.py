@@ -60,19 +60,6 @@ class RowsTest(parameterized.TestCase):
     none = rows.from_dense(dense).take(np.array([], int))
     self.assertEqual(none.shape, (0, 6))
 
-  def test_pad(self):
-    dense = draw()
-    numbers = np.array([5, -1, 3, 0])
-    found = rows.pad(rows.from_dense(dense), numbers)
-    self.assertEqual(found.ids.shape, (4, 6))
-    spread = np.zeros((4, 6), 'float32')
-    np.add.at(spread, (np.arange(4)[:, None], found.ids), found.values)
-    want = np.where(numbers[:, None] >= 0, dense[numbers], 0)
-    np.testing.assert_array_equal(spread, want)
-    empty = rows.pad(rows.from_dense(dense), np.array([-1, 3]))
-    self.assertEqual(empty.values.shape, (2, 1))
-    self.assertEqual(np.abs(empty.values).max(), 0)
-
   @parameterized.parameters(
     (dict(indptr=[0, 1]), 'must have 3 row pointers'),
     (dict(indices=[0]), 'as many indices as data'),
