@@ -10,7 +10,7 @@ import pytest
 from absl.testing import parameterized
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from emc2.kernels import fm_visit, lowering
+from emc2.kernels import fm_visit, hopper, lowering
 from emc2.kernels.fm_visit import pallas_gpu, pallas_tpu
 from emc2.kernels.fm_visit.specs import SPECS
 
@@ -192,9 +192,9 @@ class GpuKernelTest(parameterized.TestCase):
 
   @pytest.mark.slow
   def test_matches_float64(self):
-    self.enter_context(mock.patch.object(pallas_gpu, '_MIN_TILES', 1))
+    self.enter_context(mock.patch.object(hopper, 'MIN_TILES', 1))
     args = problem(70, 90, 6)
-    self.assertEqual(pallas_gpu._plan(70, 90), (1, 2))
+    self.assertEqual(hopper.shares(2, 90), (1, 2))
     _, slopes, sums, linear, squares, factors = args
     how = dict(interpret=gpu_interpreter())
     got = (
@@ -205,7 +205,7 @@ class GpuKernelTest(parameterized.TestCase):
 
   @parameterized.product(n=(1, 64, 10**5), m=(1, 10**5))
   def test_plan(self, n, m):
-    steps, parts = pallas_gpu._plan(n, m)
+    steps, parts = hopper.shares(-(-n // hopper.HELD), m)
     # Every column is met, and no part is empty.
     self.assertGreaterEqual(64 * steps * parts, m)
     self.assertLess(64 * steps * (parts - 1), m)

@@ -5,25 +5,18 @@ table that streams past, and one of their squares with one column. A warpgroup
 holds 64 rows of sums in registers; entries come through shared memory into
 registers, where their squares are made and gone.
 
-The matrix units take 16 bits. A number is split into the three bfloat16 numbers
-that add up to it, and six of the nine products are summed: all that float32
-keeps.
+Numbers are split into three bfloat16 numbers, and six of the nine products are
+summed: all that float32 keeps.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from emc2.kernels import lowering
+from emc2.kernels import hopper, lowering
 
-_HELD = 64  # Rows that a warpgroup's matrix instruction takes.
-_STREAMED = 64
 _PARTS = 3  # Numbers of 16 bits to a float.
-_BLOCKS = 4 * 132  # Enough to keep all processors evenly busy.
-_MIN_TILES = 4  # Of a part; fewer do not repay its start.
 _SQUARED = 64  # Columns of the table of the squares; one is used.
 # A warpgroup accumulates in registers: 64 + 64 a thread.
 _MAX_RANK = 127
@@ -41,51 +34,6 @@ def unsupported(cell, *args):
   return None
 
 
-def _plan(n, m):
-  """Tiles of a part of the stream, and parts."""
-  tiles = pl.cdiv(m, _STREAMED)
-  parts = pl.cdiv(_BLOCKS, pl.cdiv(n, _HELD))
-  steps = pl.cdiv(tiles, min(parts, pl.cdiv(tiles, _MIN_TILES)))
-  return steps, pl.cdiv(tiles, steps)
-
-
-def _split(x):
-  """Three bfloat16 arrays that add up to x, outside a kernel."""
-  parts = []
-  for _ in range(_PARTS):
-    # XLA may drop a cast to bfloat16 and back, and with it the lower parts.
-    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    parts.append(high.astype(jnp.bfloat16))
-    x = x - high
-  return parts
-
-
-def _split_in_registers(x):
-  parts = []
-  for _ in range(_PARTS):
-    parts.append(x.astype(jnp.bfloat16))
-    x = x - parts[-1].astype(jnp.float32)
-  return parts
-
-
-def _accumulate(acc, entries, tables, interpret):
-  """Adds entries, in registers, times a table, in shared memory."""
-  entries = _split_in_registers(entries)
-  pairs = [(i, j) for i in range(_PARTS) for j in range(_PARTS - i)]
-  # The least first.
-  pairs = sorted(pairs, key=sum, reverse=True)
-  pairs = [(entries[i], tables[j]) for i, j in pairs]
-  if interpret:
-    dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    return acc + sum(dot(x, y[...]) for x, y in pairs)
-
-  def compute(acc_ref):
-    for x, y in pairs:
-      plgpu.wgmma(acc_ref, x, y)
-
-  return pl.run_state(compute)(plgpu.ACC.init(acc))
-
-
 def _multiply(entries, table, column, name, interpret):
   """Entries @ table and entries**2 @ column.
 
@@ -100,15 +48,15 @@ def _multiply(entries, table, column, name, interpret):
     (n, L) and (n,).
   """
   (n, m), width = entries.shape, pl.cdiv(table.shape[1], 64) * 64
-  steps, parts = _plan(n, m)
-  length = steps * parts * _STREAMED
+  steps, parts = hopper.shares(pl.cdiv(n, hopper.HELD), m)
+  length = steps * parts * hopper.STREAMED
   pad = lambda x, rows, columns: jnp.pad(
     x, ((0, rows - x.shape[0]), (0, columns - x.shape[1]))
   )
-  rows = pl.cdiv(n, _HELD) * _HELD
+  rows = pl.cdiv(n, hopper.HELD) * hopper.HELD
   entries = pad(entries, rows, length)
-  tables = _split(pad(table, length, width))
-  columns = _split(pad(column[:, None], length, _SQUARED))
+  tables = hopper.split(pad(table, length, width), _PARTS)
+  columns = hopper.split(pad(column[:, None], length, _SQUARED), _PARTS)
   out = [
     jax.ShapeDtypeStruct((parts, rows, size), jnp.float32)
     for size in (width, _SQUARED)
@@ -119,20 +67,25 @@ def _multiply(entries, table, column, name, interpret):
     part, block = jax.lax.axis_index('part'), jax.lax.axis_index('block')
 
     def context(pipeline):
-      carry = [jnp.zeros((_HELD, s), jnp.float32) for s in (width, _SQUARED)]
-      own = pl.ds(block * _HELD, _HELD)
+      carry = [
+        jnp.zeros((hopper.HELD, s), jnp.float32) for s in (width, _SQUARED)
+      ]
+      own = pl.ds(block * hopper.HELD, hopper.HELD)
       for result, ref in zip(pipeline(tuple(carry)), out_refs, strict=True):
         ref[part, own] = result
 
     def step(_, *args):
       tile, *tiles, (sums, squares) = args
       x = tile[...]
-      sums = _accumulate(sums, x, tiles[:_PARTS], interpret)
-      squares = _accumulate(squares, x * x, tiles[_PARTS:], interpret)
+      parts_of = lambda x: hopper.split_in_registers(x, _PARTS)
+      sums = hopper.accumulate(sums, parts_of(x), tiles[:_PARTS], interpret)
+      squares = hopper.accumulate(
+        squares, parts_of(x * x), tiles[_PARTS:], interpret
+      )
       return sums, squares
 
     stream = lambda size: plgpu.BlockSpec(
-      (_STREAMED, size), lambda j: (part * steps + j, 0)
+      (hopper.STREAMED, size), lambda j: (part * steps + j, 0)
     )
     plgpu.emit_pipeline_warp_specialized(
       step,
@@ -143,7 +96,9 @@ def _multiply(entries, table, column, name, interpret):
       wg_axis='wg',
       compute_context=context,
       in_specs=[
-        plgpu.BlockSpec((_HELD, _STREAMED), lambda j: (block, part * steps + j))
+        plgpu.BlockSpec(
+          (hopper.HELD, hopper.STREAMED), lambda j: (block, part * steps + j)
+        )
       ]
       + [stream(width)] * _PARTS
       + [stream(_SQUARED)] * _PARTS,
@@ -152,7 +107,7 @@ def _multiply(entries, table, column, name, interpret):
   outs = plgpu.kernel(
     entry,
     out_type=out,
-    grid=(parts, rows // _HELD),
+    grid=(parts, rows // hopper.HELD),
     grid_names=('part', 'block'),
     num_threads=2,
     thread_name='wg',
@@ -162,9 +117,7 @@ def _multiply(entries, table, column, name, interpret):
     ),
     interpret=interpret,
   )(entries, *tables, *columns)
-  # The kernel forgets over which mesh axes its arguments vary.
-  axes = tuple(sorted(jax.typeof(entries).manual_axis_type.varying))
-  outs = jax.lax.pcast(outs, axes, to='varying') if axes else outs
+  outs = hopper.vary_like(outs, entries)
   sums, squares = (jnp.sum(o, axis=0)[:n] for o in outs)
   return sums[:, : table.shape[1]], squares[:, 0]
 
