@@ -23,7 +23,8 @@ import scipy.sparse
 import sklearn.base
 from sklearn.utils import check_random_state, validation
 
-from emc2.topics import checks, lda
+from emc2 import arguments
+from emc2.topics import lda
 
 LEARNING_METHODS = ('cvb0', 'esvi', 'vi', 'svi')
 
@@ -271,11 +272,11 @@ class LatentDirichletAllocation(
         )
     for name in ('doc_topic_prior', 'topic_word_prior'):
       if getattr(self, name) is not None:
-        checks.check_positive(name, getattr(self, name))
-    checks.check_at_least('total_samples', self.total_samples, 1)
-    checks.check_at_least('mean_change_tol', self.mean_change_tol, 0)
-    checks.check_at_least('learning_offset', self.learning_offset, 1)
-    checks.check_one_of(
+        arguments.check_positive(name, getattr(self, name))
+    arguments.check_at_least('total_samples', self.total_samples, 1)
+    arguments.check_at_least('mean_change_tol', self.mean_change_tol, 0)
+    arguments.check_at_least('learning_offset', self.learning_offset, 1)
+    arguments.check_one_of(
       'learning_method', self.learning_method, LEARNING_METHODS
     )
     if not 0.5 < self.learning_decay <= 1:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emc2 import arguments
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -62,7 +64,8 @@ def travel(num_workers: int, slots: int = 1) -> np.ndarray:
     Yun, Yu, Hsieh, Vishwanathan, Dhillon, `NOMAD
     <https://arxiv.org/abs/1312.0193>`_, 2014.
   """
-  _check_positive(num_workers=num_workers, slots=slots)
+  arguments.check_at_least('num_workers', num_workers, 1)
+  arguments.check_at_least('slots', slots, 1)
   visits = np.arange(num_workers * slots, dtype=np.int32)
   homes = np.arange(num_workers, dtype=np.int32) * np.int32(slots)
   return (homes[None, :] + visits[:, None]) % np.int32(num_workers * slots)
@@ -93,7 +96,8 @@ def two_level(outer: int, inner: int) -> Schedule:
            [2, 3, 0, 1],
            [3, 2, 1, 0]], dtype=int32)
   """
-  _check_positive(outer=outer, inner=inner)
+  arguments.check_at_least('outer', outer, 1)
+  arguments.check_at_least('inner', inner, 1)
   o, i = np.divmod(np.arange(outer * inner), inner)
   u, s = o[:, None], i[:, None]
   numbers = (o + u) % outer * inner + (i + s) % inner
@@ -196,9 +200,3 @@ def check(numbers: np.ndarray) -> None:
         f'numbers must give each worker each of the {len(column)} blocks once, '
         f'got {column} for worker {worker}.'
       )
-
-
-def _check_positive(**arguments):
-  for name, value in arguments.items():
-    if value < 1:
-      raise ValueError(f'{name} must be at least 1, got {value}.')

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emc2 import algorithm, ring
+from emc2 import algorithm, arguments, ring
 from emc2 import mesh as mesh_lib
 from emc2.kernels import fm_visit
 from emc2.separable import fm_cells
@@ -318,10 +318,8 @@ def ds_facto(
     inner,
     implementation,
   )
-  if num_features < 1:
-    raise ValueError(f'num_features must be at least 1, got {num_features}.')
-  if rank < 0:
-    raise ValueError(f'rank must be at least 0, got {rank}.')
+  arguments.check_at_least('num_features', num_features, 1)
+  arguments.check_at_least('rank', rank, 0)
   if not (math.isfinite(init_std) and init_std >= 0) or (rank and not init_std):
     raise ValueError(
       'init_std must be finite and above 0, since factors that are 0 stay so, '
@@ -549,21 +547,17 @@ def _check(
   inner,
   implementation,
 ):
-  for name, value, allowed in (
-    ('loss', loss, fm_cells.LOSSES),
-    ('mode', mode, MODES),
-    ('ridge', ridge, RIDGES),
-  ):
-    if value not in allowed:
-      raise ValueError(f'{name} must be one of {allowed}, got {value!r}.')
+  arguments.check_one_of('loss', loss, fm_cells.LOSSES)
+  arguments.check_one_of('mode', mode, MODES)
+  arguments.check_one_of('ridge', ridge, RIDGES)
   for name, value in (
     ('ridge_linear', ridge_linear),
     ('ridge_factors', ridge_factors),
   ):
     if isinstance(value, (int, float)) and not 0 <= value < math.inf:
       raise ValueError(f'{name} must be finite and at least 0, got {value}.')
-  if isinstance(step_size, (int, float)) and not 0 < step_size < math.inf:
-    raise ValueError(f'step_size must be finite and above 0, got {step_size}.')
+  if isinstance(step_size, (int, float)):
+    arguments.check_positive('step_size', step_size)
   return Settings(
     loss,
     mode,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emc2 import algorithm, ring
+from emc2 import algorithm, arguments, ring
 from emc2 import mesh as mesh_lib
 from emc2.kernels import softmax_block
 from emc2.kernels.softmax_block import reference as kernel
@@ -662,19 +662,14 @@ def _check(
   num_features, num_classes, ridge, refresh, step_size, inner, shuffle
 ):
   """Settings that make sense."""
-  for name, value in (
-    ('num_features', num_features),
-    ('num_classes', num_classes),
-  ):
-    if value < 1:
-      raise ValueError(f'{name} must be at least 1, got {value}.')
-  if refresh not in REFRESHES:
-    raise ValueError(f'refresh must be one of {REFRESHES}, got {refresh!r}.')
+  arguments.check_at_least('num_features', num_features, 1)
+  arguments.check_at_least('num_classes', num_classes, 1)
+  arguments.check_one_of('refresh', refresh, REFRESHES)
   known = lambda x: not isinstance(x, jax.core.Tracer) and not callable(x)
   if known(ridge) and not (math.isfinite(ridge) and ridge >= 0):
     raise ValueError(f'ridge must be finite and at least 0, got {ridge}.')
-  if known(step_size) and not (math.isfinite(step_size) and step_size > 0):
-    raise ValueError(f'step_size must be finite and above 0, got {step_size}.')
+  if known(step_size):
+    arguments.check_positive('step_size', step_size)
   if inner is not None and not hasattr(inner, 'update'):
     raise ValueError(
       f'inner must be a gradient transformation, got {type(inner).__name__}.'

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from emc2 import arguments
 from emc2.separable import rows as rows_lib
 from emc2.separable import sliced
 
@@ -117,13 +118,9 @@ def split(
   labels, row_weights = _check(
     features, labels, num_classes, row_weights, allow_empty or like is not None
   )
-  for name, value in (
-    ('num_workers', num_workers),
-    ('slots', slots),
-    ('num_minibatches', num_minibatches),
-  ):
-    if value < 1:
-      raise ValueError(f'{name} must be at least 1, got {value}.')
+  arguments.check_at_least('num_workers', num_workers, 1)
+  arguments.check_at_least('slots', slots, 1)
+  arguments.check_at_least('num_minibatches', num_minibatches, 1)
   num_rows, num_features = features.shape
   num_blocks, parts = num_workers * slots, num_workers * num_minibatches
   if num_classes < num_blocks:

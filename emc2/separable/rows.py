@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from emc2 import csr
+
 
 class SparseRows(NamedTuple):
   """N rows of D features in compressed form, on the host.
@@ -73,39 +75,10 @@ def from_csr(matrix: Any) -> SparseRows:
     array([[6., 0., 5.],
            [0., 7., 0.]], dtype=float32)
   """
-  num_rows, num_features = matrix.shape
-  starts = np.asarray(matrix.indptr, np.int64)
-  ids = np.asarray(matrix.indices)
-  values = np.asarray(matrix.data)
-  if len(starts) != num_rows + 1 or len(ids) != len(values):
-    raise ValueError(
-      f'matrix must have {num_rows + 1} row pointers and as many indices as '
-      f'data, got {len(starts)}, {len(ids)} and {len(values)}.'
-    )
-  if starts[0] != 0 or starts[-1] != len(values) or np.any(np.diff(starts) < 0):
-    raise ValueError(
-      f'matrix must have row pointers that rise from 0 to {len(values)}.'
-    )
-  if len(ids) and not 0 <= ids.min() <= ids.max() < num_features:
-    raise ValueError(
-      f'matrix must have features in [0, {num_features}), got {ids.min()} to '
-      f'{ids.max()}.'
-    )
-  rows = np.repeat(np.arange(num_rows), np.diff(starts))
+  rows, ids, values = csr.check(matrix, 'features')
   check_finite('matrix', values, rows)
-  order = rows * num_features + ids.astype(np.int64)
-  if np.any(np.diff(order) <= 0):
-    order, place = np.unique(order, return_inverse=True)
-    values = np.bincount(place, values)
-    rows, ids = np.divmod(order, num_features)
-  kept = values != 0
-  lengths = np.bincount(rows[kept], minlength=num_rows)
-  return SparseRows(
-    starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-    ids=ids[kept].astype(np.int32),
-    values=values[kept].astype(np.float32),
-    num_features=int(num_features),
-  )
+  merged = csr.merge(rows, ids, values, matrix.shape)
+  return SparseRows(*merged, num_features=int(matrix.shape[1]))
 
 
 def from_dense(matrix: np.ndarray) -> SparseRows:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emc2 import arguments
 from emc2.separable import mlr_cells
 from emc2.separable import rows as rows_lib
 
@@ -51,11 +52,9 @@ def fit(
   Raises:
     ValueError: If an argument breaks its rule.
   """
-  for name, value in (('ridge', ridge), ('curvature', curvature)):
-    if not (np.isfinite(value) and value > 0):
-      raise ValueError(f'{name} must be finite and above 0, got {value}.')
-  if num_rotated < 0:
-    raise ValueError(f'num_rotated must be at least 0, got {num_rotated}.')
+  arguments.check_positive('ridge', ridge)
+  arguments.check_positive('curvature', curvature)
+  arguments.check_at_least('num_rotated', num_rotated, 0)
   chosen = layout.feature_ids[:num_rotated]
   if isinstance(features, rows_lib.SparseRows):
     squares = np.bincount(

@@ -1,27 +1,8 @@
 """Refuses wrong input to a topic model before anything runs."""
 
-import math
 from typing import Any
 
-
-def check_at_least(
-  name: str, value: int | float | None, least: int | float
-) -> None:
-  """Refuses a number below `least`, NaN and infinity; None is no number."""
-  if value is not None and not (math.isfinite(value) and value >= least):
-    raise ValueError(f'{name} must be at least {least}, got {value}.')
-
-
-def check_positive(name: str, value: float) -> None:
-  """Refuses a number that is not finite and above 0."""
-  if not (math.isfinite(value) and value > 0):
-    raise ValueError(f'{name} must be finite and above 0, got {value}.')
-
-
-def check_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-  """Refuses a name that is not allowed."""
-  if value not in allowed:
-    raise ValueError(f'{name} must be one of {allowed}, got {value!r}.')
+from emc2 import arguments
 
 
 def check_model(
@@ -32,11 +13,11 @@ def check_model(
   concentration: float = 1.0,
 ) -> None:
   """Refuses sizes and priors of which there is no model."""
-  check_at_least('num_topics', num_topics, 2)
-  check_at_least('num_words', num_words, 1)
-  check_positive('alpha', alpha)
-  check_positive('eta', eta)
-  check_at_least('concentration', concentration, 0)
+  arguments.check_at_least('num_topics', num_topics, 2)
+  arguments.check_at_least('num_words', num_words, 1)
+  arguments.check_positive('alpha', alpha)
+  arguments.check_positive('eta', eta)
+  arguments.check_at_least('concentration', concentration, 0)
 
 
 def check_cells(cells: Any, axis_name: str | None, *, dense: bool) -> None:

@@ -12,7 +12,9 @@ from tests.house import tree
 
 FOUNDATION = {
   'algorithm',
+  'arguments',
   'compression',
+  'csr',
   'kernels',
   'linalg',
   'mesh',

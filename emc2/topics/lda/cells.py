@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from emc2 import arguments
 from emc2 import mesh as mesh_lib
-from emc2.topics import checks
 from emc2.topics.lda import documents as documents_lib
 
 TILE = 512
@@ -150,8 +150,8 @@ def specs() -> Cells:
 
 
 def _check(documents, num_shards, num_blocks, tile, dense_share):
-  checks.check_at_least('num_shards', num_shards, 1)
-  checks.check_at_least('tile', tile, 1)
+  arguments.check_at_least('num_shards', num_shards, 1)
+  arguments.check_at_least('tile', tile, 1)
   if num_blocks < 1 or num_blocks % num_shards:
     raise ValueError(
       f'num_blocks must be a multiple of num_shards={num_shards}, got '

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emc2 import algorithm, ring
+from emc2 import algorithm, arguments, ring
 from emc2 import mesh as mesh_lib
 from emc2.topics import checks
 from emc2.topics.lda import cells as cells_lib
@@ -195,7 +195,7 @@ def cvb0(
     <https://arxiv.org/abs/1205.2662>`_, 2009, section 2.4.
   """
   checks.check_model(num_topics, num_words, alpha, eta, concentration)
-  checks.check_at_least('refresh_every', refresh_every, 0)
+  arguments.check_at_least('refresh_every', refresh_every, 0)
   shared = dict(num_topics=num_topics, num_words=num_words, axis_name=axis_name)
 
   def init_fn(key, cells):

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from emc2 import csr
+
 
 class Documents(NamedTuple):
   """The counts of D documents over V words, row after row.
@@ -58,47 +60,18 @@ def from_csr(matrix: Any, *, allow_no_tokens: bool = False) -> Documents:
     ValueError: If a count is negative or not finite, an index lies outside of
       its range, or there is no token at all and `allow_no_tokens` is False.
   """
-  num_documents, num_words = matrix.shape
-  starts = np.asarray(matrix.indptr, np.int64)
-  word_ids = np.asarray(matrix.indices)
-  counts = np.asarray(matrix.data)
-  if len(starts) != num_documents + 1 or len(word_ids) != len(counts):
-    raise ValueError(
-      f'matrix must have {num_documents + 1} row pointers and as many indices '
-      f'as data, got {len(starts)}, {len(word_ids)} and {len(counts)}.'
-    )
-  if starts[0] != 0 or starts[-1] != len(counts) or np.any(np.diff(starts) < 0):
-    raise ValueError(
-      f'matrix must have row pointers that rise from 0 to {len(counts)}.'
-    )
-  if len(word_ids) and not 0 <= word_ids.min() <= word_ids.max() < num_words:
-    raise ValueError(
-      f'matrix must have word ids in [0, {num_words}), got '
-      f'{word_ids.min()} to {word_ids.max()}.'
-    )
+  rows, word_ids, counts = csr.check(matrix, 'word ids')
   if not np.all(np.isfinite(counts)):
     raise ValueError('matrix must have finite counts, got NaN or infinity.')
   if np.any(counts < 0):
     raise ValueError(f'matrix must have counts >= 0, got {counts.min()}.')
   if not allow_no_tokens and not np.any(counts):
     raise ValueError(
-      f'matrix must have at least one token, got none in {num_documents} '
+      f'matrix must have at least one token, got none in {matrix.shape[0]} '
       'documents.'
     )
-  rows = np.repeat(np.arange(num_documents), np.diff(starts))
-  order = rows * num_words + word_ids.astype(np.int64)
-  if np.any(np.diff(order) <= 0):
-    order, place = np.unique(order, return_inverse=True)
-    counts = np.bincount(place, counts)
-    rows, word_ids = np.divmod(order, num_words)
-  kept = counts > 0
-  lengths = np.bincount(rows[kept], minlength=num_documents)
-  return Documents(
-    starts=np.concatenate([[0], np.cumsum(lengths)]),
-    word_ids=word_ids[kept].astype(np.int32),
-    counts=counts[kept].astype(np.float32),
-    num_words=int(num_words),
-  )
+  merged = csr.merge(rows, word_ids, counts, matrix.shape)
+  return Documents(*merged, num_words=int(matrix.shape[1]))
 
 
 def pad(documents: Documents, rows: np.ndarray, width: int) -> Batch:

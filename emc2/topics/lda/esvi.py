@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emc2 import algorithm, ring
+from emc2 import algorithm, arguments, ring
 from emc2 import mesh as mesh_lib
 from emc2.topics import checks
 from emc2.topics.lda import cells as cells_lib
@@ -340,10 +340,10 @@ def esvi(
     <https://arxiv.org/abs/1605.09499>`_, 2019, algorithm 5 and section 5.3.
   """
   checks.check_model(num_topics, num_words, alpha, eta, concentration)
-  checks.check_one_of('storage', storage, STORAGES)
-  checks.check_one_of('pi_sync', pi_sync, PI_SYNCS)
-  checks.check_one_of('tail', tail, TAILS)
-  checks.check_at_least('refresh_every', refresh_every, 0)
+  arguments.check_one_of('storage', storage, STORAGES)
+  arguments.check_one_of('pi_sync', pi_sync, PI_SYNCS)
+  arguments.check_one_of('tail', tail, TAILS)
+  arguments.check_at_least('refresh_every', refresh_every, 0)
   if not 0 < active_prob <= 1:
     raise ValueError(f'active_prob must lie in (0, 1], got {active_prob}.')
   if storage != 'topk' and top_c is not None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from emc2 import arguments
 from emc2 import mesh as mesh_lib
 from emc2.topics import checks
 from emc2.topics.lda import documents as documents_lib
@@ -225,10 +226,10 @@ def transform(
   Raises:
     ValueError: If an argument breaks its rule.
   """
-  checks.check_positive('alpha', alpha)
-  checks.check_positive('eta', eta)
-  checks.check_at_least('max_steps', max_steps, 1)
-  checks.check_at_least('tolerance', tolerance, 0)
+  arguments.check_positive('alpha', alpha)
+  arguments.check_positive('eta', eta)
+  arguments.check_at_least('max_steps', max_steps, 1)
+  arguments.check_at_least('tolerance', tolerance, 0)
   word_sums = jnp.asarray(word_sums)
   checks.check_word_sums(word_sums, documents.num_words)
   num_topics = word_sums.shape[1]

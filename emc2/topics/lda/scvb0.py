@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emc2 import algorithm
+from emc2 import algorithm, arguments
 from emc2.topics import checks
 from emc2.topics.lda import documents as documents_lib
 from emc2.topics.lda import expectations, fading, responsibilities, sweep
@@ -185,8 +185,8 @@ def scvb0(
     <https://arxiv.org/abs/1305.2452>`_, 2013, algorithm 1.
   """
   checks.check_model(num_topics, num_words, alpha, eta, concentration)
-  checks.check_positive('num_tokens', num_tokens)
-  checks.check_at_least('burn_in', burn_in, 0)
+  arguments.check_positive('num_tokens', num_tokens)
+  arguments.check_at_least('burn_in', burn_in, 0)
   if step_size is None:
     step_size = fading.power(0.9, 1_000.0, 10.0)
   if document_step_size is None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emc2 import algorithm
+from emc2 import algorithm, arguments
 from emc2.topics import checks
 from emc2.topics.lda import documents as documents_lib
 from emc2.topics.lda import expectations, fading, inference
@@ -184,10 +184,10 @@ def svi(
     <https://papers.nips.cc/paper/3902>`_, 2010, algorithm 2.
   """
   checks.check_model(num_topics, num_words, alpha, eta)
-  checks.check_at_least('num_documents', num_documents, 1)
-  checks.check_at_least('max_steps', max_steps, 1)
-  checks.check_at_least('tolerance', tolerance, 0)
-  checks.check_positive('concentration', concentration)
+  arguments.check_at_least('num_documents', num_documents, 1)
+  arguments.check_at_least('max_steps', max_steps, 1)
+  arguments.check_at_least('tolerance', tolerance, 0)
+  arguments.check_positive('concentration', concentration)
   step_size = fading.power() if step_size is None else step_size
   fading.check_step_size('step_size', step_size)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emc2 import algorithm
+from emc2 import algorithm, arguments
 from emc2 import mesh as mesh_lib
 from emc2.topics import checks
 from emc2.topics.lda import cells as cells_lib
@@ -144,7 +144,7 @@ def vi(
     <https://www.jmlr.org/papers/v3/blei03a.html>`_, 2003, section 5.
   """
   checks.check_model(num_topics, num_words, alpha, eta, concentration)
-  checks.check_at_least('document_steps', document_steps, 1)
+  arguments.check_at_least('document_steps', document_steps, 1)
 
   def init_fn(key, cells):
     checks.check_cells(cells, axis_name, dense=True)

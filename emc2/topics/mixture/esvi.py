@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emc2 import algorithm, ring
+from emc2 import algorithm, arguments, ring
 from emc2 import mesh as mesh_lib
-from emc2.topics import checks
 from emc2.topics.mixture import families
 from emc2.topics.mixture import model as model_lib
 
@@ -243,7 +242,7 @@ def esvi(
     <https://arxiv.org/abs/1605.09499>`_, 2019, algorithm 4 and appendix D.
   """
   model_lib.check_several(model)
-  checks.check_at_least('num_blocks', num_blocks, 1)
+  arguments.check_at_least('num_blocks', num_blocks, 1)
   if model.num_components % num_blocks:
     raise ValueError(
       f'num_blocks must divide the {model.num_components} components, got '
@@ -254,9 +253,9 @@ def esvi(
       'num_blocks must leave at least 2 components in each, or nothing moves; '
       f'got {num_blocks} for {model.num_components} components.'
     )
-  checks.check_one_of('mixing', mixing, MIXINGS)
-  checks.check_at_least('inner_batch', inner_batch, 1)
-  checks.check_at_least('refresh_every', refresh_every, 1)
+  arguments.check_one_of('mixing', mixing, MIXINGS)
+  arguments.check_at_least('inner_batch', inner_batch, 1)
+  arguments.check_at_least('refresh_every', refresh_every, 1)
   if not 0 < active_prob <= 1:
     raise ValueError(f'active_prob must lie in (0, 1], got {active_prob}.')
   settings = Settings(

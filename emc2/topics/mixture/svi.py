@@ -8,8 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emc2 import algorithm
-from emc2.topics import checks
+from emc2 import algorithm, arguments
 from emc2.topics.mixture import families, vi
 from emc2.topics.mixture import model as model_lib
 
@@ -135,7 +134,7 @@ def svi(
     <https://arxiv.org/abs/1206.7051>`_, 2013.
   """
   model_lib.check_several(model)
-  checks.check_at_least('num_rows', num_rows, 1)
+  arguments.check_at_least('num_rows', num_rows, 1)
   if not callable(step_size) and not 0 < step_size <= 1:
     raise ValueError(f'step_size must lie in (0, 1], got {step_size}.')
   return algorithm.Algorithm(

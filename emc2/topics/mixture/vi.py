@@ -6,9 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emc2 import algorithm
+from emc2 import algorithm, arguments
 from emc2 import mesh as mesh_lib
-from emc2.topics import checks
 from emc2.topics.mixture import families
 from emc2.topics.mixture import model as model_lib
 
@@ -111,7 +110,7 @@ def vi(
     (2, 2)
   """
   model_lib.check_several(model)
-  checks.check_at_least('row_batch', row_batch, 1)
+  arguments.check_at_least('row_batch', row_batch, 1)
   init_fn = functools.partial(init, model=model, row_batch=row_batch)
   settings = dict(model=model, row_batch=row_batch)
   if mesh is None:
