@@ -37,6 +37,7 @@ class ChainTest(parameterized.TestCase):
     self.scores = np.random.default_rng(0).uniform(-1, 1, 12)
     self.kernel, self.law = _kernel(self.scores)
 
+  @pytest.mark.slow
   def test_the_estimator_walks_by_this_kernel(self):
     # Sample 0 sees the 12 views of 6 others; a batch of 2 makes 2 steps.
     views = common.clusters(7, 2)

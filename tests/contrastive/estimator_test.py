@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import contrastive
@@ -77,6 +78,7 @@ class EmbedBatchTest(parameterized.TestCase):
       estimator.positives(got.rows), np.tile(similarity, 2), rtol=1e-5
     )
 
+  @pytest.mark.slow
   def test_sharded_rows_know_their_columns(self):
     params = common.table(common.clusters(20, 2))
     index = np.random.default_rng(0).permutation(20)[:16]
@@ -122,6 +124,7 @@ class AlgorithmTest(parameterized.TestCase):
     )
     self.assertEqual(state.count, 1)
 
+  @pytest.mark.slow
   def test_gives_the_value_to_the_optimizer(self):
     seen = []
 

@@ -73,6 +73,7 @@ def _numpy_gradient(views, index, num_views=None):
 
 class DrawTest(parameterized.TestCase):
   @parameterized.product(num_negatives=[1, 3], num_views=[None, 2])
+  @pytest.mark.slow
   def test_unbiased_when_fresh(self, num_negatives, num_views):
     """Identity 9; for several negatives it needs the weights of Des Raj."""
     views = common.clusters(6, 3, size=4, num_clusters=3)
@@ -193,6 +194,7 @@ class DrawTest(parameterized.TestCase):
 
 class FullCacheTest(parameterized.TestCase):
   @parameterized.parameters(None, 2)
+  @pytest.mark.slow
   def test_batch_is_written_and_the_stalest_refreshed(self, num_views):
     rng, views = np.random.default_rng(0), common.clusters(11, 3)
     per_sample = num_views or 1

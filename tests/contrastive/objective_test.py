@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2.contrastive import objective
@@ -37,6 +38,7 @@ class GlobalLossTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(got, _loop(x, beta), rtol=1e-5, atol=1e-5)
 
+  @pytest.mark.slow
   def test_gradient_by_differences(self):
     x = _embeddings(4, 2)
     loss = lambda x: objective.global_loss(

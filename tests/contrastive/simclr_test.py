@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2.contrastive import estimator, simclr
@@ -35,6 +36,7 @@ def _numpy_losses(rows, beta, decoupled):
 
 class SimclrTest(parameterized.TestCase):
   @parameterized.parameters(1.0, 14.28)
+  @pytest.mark.slow
   def test_is_optax_ntxent(self, beta):
     views = common.clusters(12, view_noise=1.0)
     index = np.array([3, 1, 7, 9, 0])

@@ -59,6 +59,7 @@ class LdaTest(parameterized.TestCase):
   def test_every_algorithm(self):
     self._check_run('all', lda.ALGORITHMS)
 
+  @pytest.mark.slow
   def test_two_algorithms(self):
     self._check_run('cvb0,svi', ('cvb0', 'svi'))
 
@@ -108,6 +109,7 @@ class LdaTest(parameterized.TestCase):
     self.assertEqual(found['perplexity'], want)
     self.assertBetween(found['elbo'] / documents.num_tokens, -6, -2)
 
+  @pytest.mark.slow
   def test_stream(self):
     path = self._file()
     results = self._run(
@@ -231,6 +233,7 @@ class LdaTest(parameterized.TestCase):
         lda.read(config)
 
   @parameterized.parameters(('esvi', False), ('svi', True))
+  @pytest.mark.slow
   def test_goes_on_after_a_cut(self, name, stream):
     config = lda.Config(**(SMALL | dict(corpus=self._file(), stream=stream)))
     data = lda.read(config)

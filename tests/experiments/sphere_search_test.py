@@ -43,6 +43,7 @@ class SphereSearchTest(parameterized.TestCase):
     )
     self.assertAlmostEqual(found.energy, want, places=9)
 
+  @pytest.mark.slow
   def test_a_net_is_among_the_first_starts(self):
     found = sphere_search.search(
       32, target=minima.best_known(32).energy, num_chains=1
@@ -78,6 +79,7 @@ class SphereSearchTest(parameterized.TestCase):
     self.assertEqual(found.num_starts, 14)
     self.assertAlmostEqual(found.energy, minima.best_known(16).energy, 9)
 
+  @pytest.mark.slow
   def test_hops_find_what_starts_did_not(self):
     search = sphere_search.Search(16, 3, 1.0, seed=0, num_chains=2)
     search.seed()

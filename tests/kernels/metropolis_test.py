@@ -253,6 +253,7 @@ class PlainTest(parameterized.TestCase):
     np.testing.assert_array_equal(got.last_logit, start)
     np.testing.assert_array_equal(got.accepted, 0)
 
+  @pytest.mark.slow
   def test_settings_matter(self):
     args = problem(12, 24, seed=2)
     plain = run(args, discard=5)
@@ -326,6 +327,7 @@ class PlainTest(parameterized.TestCase):
       got = run(problem(8, 20, dtype='float64'), discard=9)
     assert_same(got, run(problem(8, 20), discard=9))
 
+  @pytest.mark.slow
   def test_no_gradient(self):
     key, rows, columns, position, start = problem(4, 8)
 

@@ -148,6 +148,7 @@ class ReferenceTest(parameterized.TestCase):
       jax.grad(loss)(jnp.float32(7.0)), jnp.sum(one.mean), rtol=1e-6
     )
 
+  @pytest.mark.slow
   def test_gradients_by_finite_differences(self):
     rows, columns, position, scale, _ = problem(5, 8, 4, 2.0)
     value = lambda r, c, s: row_logsumexp(r, c, position, s).value
@@ -554,6 +555,7 @@ class GpuKernelTest(parameterized.TestCase):
     # One part alone is much worse: the lower one must not be optimised away.
     self.assertGreater(np.abs(np.asarray(high, np.float64) - x).max(), 2**-12)
 
+  @pytest.mark.slow
   def test_rows_that_are_all_columns(self):
     rows, _, position, scale, cotangent = args = problem(70, 70, 16)
     value, _, want, *_ = whole(oracle(*args))

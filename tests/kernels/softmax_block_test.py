@@ -123,6 +123,7 @@ class ReferenceTest(parameterized.TestCase):
     assert_close(got[1:], want[1:])
     assert_close(got[:1], want[:1], 2**-8)
 
+  @pytest.mark.slow
   def test_is_the_gradient_of_a_block_alone(self):
     x, w, _, labels, omega, valid = problem(30, 5, 7)
     labels = labels % valid

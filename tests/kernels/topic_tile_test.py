@@ -154,6 +154,7 @@ class ReferenceTest(parameterized.TestCase):
     np.testing.assert_array_equal(got.doc_sums, want.doc_sums)
     np.testing.assert_allclose(got.word_sums, want.word_sums, rtol=1e-5)
 
+  @pytest.mark.slow
   def test_gradient_of_the_log_likelihood(self):
     # Sums over weights: the tile is a gradient in the logarithms of weights.
     t, b, x = problem(40, 30, 6)

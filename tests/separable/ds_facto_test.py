@@ -97,6 +97,7 @@ class ScoreTest(parameterized.TestCase):
       got = ds_facto.predict(ds_facto.Params(*machine), x)
       np.testing.assert_allclose(got, want, rtol=0, atol=1e-10)
 
+  @pytest.mark.slow
   def test_from_sums_of_blocks(self):
     self._from_sums(2, 3, 3, False)
 
@@ -391,6 +392,7 @@ class PassTest(parameterized.TestCase):
     self.assertGreater(lags[0], 1e-5)
     np.testing.assert_allclose(np.divide(lags[:2], lags[1:]), 2, rtol=0.1)
 
+  @pytest.mark.slow
   def test_a_row_of_one_feature_moves_no_factor(self):
     # Its pairs are none; stale sums say otherwise.
     x, y = np.eye(3), np.array([1.0, 2.0, 6.0])

@@ -55,6 +55,7 @@ def keys(num, seed=1):
 
 class MovesTest(parameterized.TestCase):
   @parameterized.parameters((0, 3), (1, 3), (2, 3), (3, 3))
+  @pytest.mark.slow
   def test_lands_on_the_sphere(self, move, dim):
     x = sphere.draw_uniform(jax.random.key(0), 30, dim)
     moved, which = propose(keys(50), x, jnp.eye(4)[move])

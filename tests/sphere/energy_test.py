@@ -44,6 +44,7 @@ class EnergyTest(Float64TestCase):
     self.assertAlmostEqual(got / want, 1, delta=1e-12)
 
   @parameterized.product(n=(2, 5, 100), exponent=(0.0, 1.0, 2.0, 0.7))
+  @pytest.mark.slow
   def test_polygons(self, n, exponent):
     points = configurations.polygon(n)
     want = closed_forms.polygon(n, exponent)
@@ -64,6 +65,7 @@ class EnergyTest(Float64TestCase):
     torque = x.T @ gradient - gradient.T @ x
     np.testing.assert_allclose(torque, 0, atol=1e-10 * size)
 
+  @pytest.mark.slow
   def test_logarithmic_radial_part(self):
     x = draw(40)
     gradient = jax.grad(sphere.energy)(x, 0.0)

@@ -37,6 +37,7 @@ class MinimizeTest(parameterized.TestCase):
     self.enterContext(jax.numpy_dtype_promotion('standard'))
 
   @parameterized.parameters((10, 3, 2.0), (16, 5, 1.0))
+  @pytest.mark.slow
   def test_reaches_the_known_energy(self, n, dim, exponent):
     run = jax.jit(
       lambda x: minimize.minimize(
@@ -125,6 +126,7 @@ class MinimizeTest(parameterized.TestCase):
     self.assertEqual(found.status, minimize.STALLED)
     self.assertEqual(found.num_evaluations, 1)
 
+  @pytest.mark.slow
   def test_stops_where_the_energy_is_not_finite(self):
     x = draw(6, 2).at[1, 0].set(draw(6, 2)[1, 1])
     found = minimize.minimize(

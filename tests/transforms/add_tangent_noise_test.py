@@ -58,6 +58,7 @@ class AddTangentNoiseTest(parameterized.TestCase):
     updates, _ = tx.update(2 * points, tx.init(points), points)
     np.testing.assert_array_equal(updates, 2 * points)
 
+  @pytest.mark.slow
   def test_numbers_of_another_dtype(self):
     for dtype in (jnp.float64, jnp.bfloat16):
       with jax.enable_x64(True):

@@ -169,6 +169,7 @@ class BacktrackTest(parameterized.TestCase):
     (50, 'retraction'),
     (50, 'exponential'),
   )
+  @pytest.mark.slow
   def test_finds_the_minimum_of_charges(self, n, map):
     """To slopes far below what differences of energies can show."""
     points = coulomb.uniform(0, 4, n, 3, dtype=np.float64)
@@ -201,6 +202,7 @@ class BacktrackTest(parameterized.TestCase):
     self.assertLess(reached[0], 1e-10)
     self.assertGreater(reached[1], 10 * reached[0])
 
+  @pytest.mark.slow
   def test_chains_do_not_mix(self):
     fn, _ = _quartic()
     points = jnp.asarray(coulomb.uniform(0, 3, 4, 3, dtype=np.float64))
@@ -210,6 +212,7 @@ class BacktrackTest(parameterized.TestCase):
     alone = jnp.stack([run(start) for start in points])
     np.testing.assert_allclose(together(points), alone, atol=1e-6)
 
+  @pytest.mark.slow
   def test_refused_trials_leave_no_trace(self):
     """The memory of L-BFGS is not copied; other states are."""
 

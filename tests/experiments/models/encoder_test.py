@@ -182,6 +182,7 @@ class EncoderTest(parameterized.TestCase):
     embeddings = pure.apply_embeddings(p, images)
     np.testing.assert_allclose(embeddings, z, rtol=1e-4, atol=1e-5)
 
+  @pytest.mark.slow
   def test_convnet_equals_lax(self):
     pure = models.split(_build())
     maps = images = _images()

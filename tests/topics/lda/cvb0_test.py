@@ -45,6 +45,7 @@ class Cvb0Test(parameterized.TestCase):
         np.testing.assert_allclose(want.documents.sum(-1), lengths, atol=1e-9)
     self.assertTrue(np.isfinite(info.loss))
 
+  @pytest.mark.slow
   def test_loss_is_of_a_token_given_the_others(self):
     """One topic set at a time, so that each pair can be looked at."""
     with jax.enable_x64(True):

@@ -105,6 +105,7 @@ class OracleTest(parameterized.TestCase):
         np.testing.assert_allclose(one.documents, other.documents, atol=1e-11)
         np.testing.assert_allclose(one.words, other.words, atol=1e-11)
 
+  @pytest.mark.slow
   def test_dense_words_change_nothing(self):
     plain, layout = lda.cut(corpus(), num_blocks=3)
     dense, _ = lda.cut(corpus(), num_blocks=3, dense_share=0.3)
@@ -138,6 +139,7 @@ class OracleTest(parameterized.TestCase):
         np.testing.assert_allclose(state.documents, want.documents, atol=1e-12)
         np.testing.assert_allclose(state.words, want.words, atol=1e-12)
 
+  @pytest.mark.slow
   def test_loss_is_of_the_tokens_as_visited(self):
     with jax.enable_x64(True):
       cells, _ = cut()
@@ -319,6 +321,7 @@ class TopkTest(parameterized.TestCase):
     np.testing.assert_allclose(full.words, every.words, atol=1e-10)
 
   @parameterized.parameters('mean', 'meanfield')
+  @pytest.mark.slow
   def test_remembers_the_largest(self, tail):
     """A pass with C = 2 sets what NumPy sets."""
     with jax.enable_x64(True):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.sparse
 from absl.testing import parameterized
 from scipy import special
@@ -122,6 +123,7 @@ class InferTest(parameterized.TestCase):
           scores / scores.sum(), phi[word], rtol=rtol, atol=rtol / 10
         )
 
+  @pytest.mark.slow
   def test_a_document_stands_for_itself(self):
     """Neither the others of a batch nor the padding make a difference."""
     documents = make_documents(make_counts())
@@ -165,6 +167,7 @@ class InferTest(parameterized.TestCase):
 
 class WordWeightsTest(parameterized.TestCase):
   @parameterized.parameters(0.01, 1.0)
+  @pytest.mark.slow
   def test_agrees_with_the_plain_ones(self, eta):
     sums = jnp.float32(make_word_sums())
     rest = sums.sum(0), eta, 30

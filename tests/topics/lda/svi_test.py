@@ -103,6 +103,7 @@ class SviTest(parameterized.TestCase):
     np.testing.assert_allclose(found, word_sums, rtol=rtol, atol=rtol)
     np.testing.assert_allclose(totals, word_sums.sum(0), rtol=rtol)
 
+  @pytest.mark.slow
   def test_contains_batch_inference(self):
     """All documents, a whole step, and one step of gamma: an iteration of VI.
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
@@ -65,6 +66,7 @@ class ViTest(parameterized.TestCase):
     self.assertGreaterEqual(np.min(np.diff(bounds)), -1e-12 * abs(bounds[0]))
     self.assertGreater(bounds[-1], bounds[0] + 100)
 
+  @pytest.mark.slow
   def test_blocks_and_devices_do_not_matter(self):
     with jax.enable_x64(True):
       cells = cut(4, 4)

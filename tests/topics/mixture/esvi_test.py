@@ -156,6 +156,7 @@ class EsviTest(parameterized.TestCase):
         z[i] = oracle.softmax(oracle.diagonal_scores(x, z, [i]))[0]
     np.testing.assert_allclose(found, z, rtol=1e-7, atol=1e-12)
 
+  @pytest.mark.slow
   def test_idle_places_change_nothing(self):
     method, idle = make(active_prob=0.2), []
     with jax.enable_x64(True):
