@@ -96,10 +96,9 @@ class ReduceTest(parameterized.TestCase):
     np.testing.assert_array_equal(reduced.mean[0], reduced.sent[0])
 
   def test_lists_must_be_as_long(self):
+    state, x, key = jnp.zeros([], jnp.int32), jnp.zeros(6), jax.random.key(0)
     with self.assertRaises(ValueError):
-      compressor.reduce(
-        _halves(), [(), ()], [jnp.zeros(6)], [jax.random.key(0)]
-      )
+      compressor.reduce(_halves(), [state, state], [x], [key])
 
 
 class WireBitsTest(parameterized.TestCase):
