@@ -67,7 +67,7 @@ def quantized(
 
 
 def signed(
-  sparsifier: compressor.Compressor, *, norm: float = 1.0
+  sparsifier: compressor.Compressor, *, norm: int | float = 1
 ) -> compressor.Compressor:
   """Keeps of the k entries that a sparse code keeps their signs and one scale.
 

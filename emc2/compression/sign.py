@@ -23,7 +23,7 @@ class Signs(NamedTuple):
   scale: jax.Array
 
 
-def scaled_sign(*, norm: float = 1.0) -> compressor.Compressor:
+def scaled_sign(*, norm: int | float = 1) -> compressor.Compressor:
   """Sends the sign of every entry and one magnitude for all.
 
   Q(x) = (|x|_m / d) sign(x), with sign(0) = +1. Deterministic; for m = 1 the
@@ -158,7 +158,7 @@ def _pack(flat: jax.Array) -> jax.Array:
   return bit_planes.pack(flat >= 0, 1)
 
 
-def _norm(flat: jax.Array, order: float) -> jax.Array:
+def _norm(flat: jax.Array, order: int | float) -> jax.Array:
   """The norm of any order from 1 on, whose powers may leave the range."""
   sizes = jnp.abs(flat)
   if order == 1:

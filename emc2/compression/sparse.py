@@ -239,8 +239,6 @@ def _counter(
       f'one of k and fraction must be given, got {k=}, {fraction=}.'
     )
   arguments.check_at_least('k', k, 1)
-  if k is not None and k != int(k):
-    raise ValueError(f'k must be a whole number, got {k}.')
   if fraction is not None and not 0 < fraction <= 1:
     raise ValueError(f'fraction must be in (0, 1], got {fraction}.')
 
@@ -253,7 +251,7 @@ def _counter(
         f'k must be at most the {size} entries of shape {tuple(shape)}, got '
         f'{k}; at_most=True keeps all of them.'
       )
-    return min(int(k), size)
+    return min(k, size)
 
   return count
 
