@@ -594,7 +594,7 @@ def _is_empty(tree):
 
 def _wide(dtype):
   """In which progress and memories are kept."""
-  return jnp.promote_types(dtype, jnp.float32)
+  return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def _check_here(here, batch, settings):
