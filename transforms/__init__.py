@@ -10,6 +10,7 @@ from emc2.transforms.avgrad import (
   scale_by_avgrad,
 )
 from emc2.transforms.backtrack import BacktrackState, backtrack
+from emc2.transforms.densify import densify
 from emc2.transforms.lars import lars
 from emc2.transforms.mada import (
   COEFFICIENTS,
@@ -27,6 +28,7 @@ from emc2.transforms.riemannian import (
   search_on_sphere,
   transport_momentum,
 )
+from emc2.transforms.row_wise import apply_updates, row_wise
 from emc2.transforms.scale_by_row_adam import (
   ScaleByRowAdamState,
   scale_by_row_adam,
@@ -47,15 +49,18 @@ __all__ = [
   'ScaleByMadaState',
   'ScaleByRowAdamState',
   'add_tangent_noise',
+  'apply_updates',
   'avgrad',
   'backtrack',
   'cap_rows',
+  'densify',
   'lars',
   'mada',
   'mada_coefficients',
   'project_tangent',
   'retract',
   'riemannian',
+  'row_wise',
   'scale_by_avgrad',
   'scale_by_mada',
   'scale_by_row_adam',

@@ -310,4 +310,19 @@ ROWS = (
     # The first points are a part of its state.
     starts_from_shapes=False,
   ),
+  Row(
+    'densify',
+    transforms.densify,
+    options={},
+    changes={},
+    static=('keep_rows', 'max_dense_bytes'),
+    after=optax.scale(-0.1),
+  ),
+  Row(
+    'row_wise',
+    transforms.row_wise,
+    options={'inner': optax.sgd(0.05, momentum=0.9)},
+    changes={},
+    solves={'inner': transforms.avgrad(0.1, weight_decay=0.0)},
+  ),
 )
