@@ -128,6 +128,8 @@ def draw_losses(
   against: str,
 ) -> None:
   """Draws medians of losses over seeds, and their ranges."""
+  from matplotlib import ticker
+
   for name, curve in curves.items():
     method = methods[name]
     # What came before the first upload has no place on a logarithmic axis.
@@ -146,6 +148,9 @@ def draw_losses(
     )
   axis.axhline(target, color='#66707A', lw=0.8)
   axis.set(xscale='log', yscale='log', ylabel='training loss of the master')
+  axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+  axis.yaxis.set_major_formatter(ticker.FormatStrFormatter('%g'))
+  axis.yaxis.set_minor_formatter(ticker.NullFormatter())
   axis.set_xlabel('bits from all workers' if against == 'bits' else 'steps')
   _finish(axis)
 
