@@ -10,6 +10,13 @@ from emc2.transforms.avgrad import (
   scale_by_avgrad,
 )
 from emc2.transforms.backtrack import BacktrackState, backtrack
+from emc2.transforms.compressed_mean import (
+  CompressedMeanState,
+  compressed_mean,
+  compressed_mean_specs,
+  reset_memory,
+  sent_bits,
+)
 from emc2.transforms.densify import densify
 from emc2.transforms.lars import lars
 from emc2.transforms.mada import (
@@ -18,6 +25,10 @@ from emc2.transforms.mada import (
   mada,
   mada_coefficients,
   scale_by_mada,
+)
+from emc2.transforms.powersgd_momentum import (
+  PowersgdMomentumState,
+  powersgd_momentum,
 )
 from emc2.transforms.riemannian import (
   MOMENTUM_BUFFERS,
@@ -45,6 +56,8 @@ __all__ = [
   'MOMENTUM_BUFFERS',
   'AddTangentNoiseState',
   'BacktrackState',
+  'CompressedMeanState',
+  'PowersgdMomentumState',
   'ScaleByAvgradState',
   'ScaleByMadaState',
   'ScaleByRowAdamState',
@@ -53,11 +66,15 @@ __all__ = [
   'avgrad',
   'backtrack',
   'cap_rows',
+  'compressed_mean',
+  'compressed_mean_specs',
   'densify',
   'lars',
   'mada',
   'mada_coefficients',
+  'powersgd_momentum',
   'project_tangent',
+  'reset_memory',
   'retract',
   'riemannian',
   'row_wise',
@@ -65,5 +82,6 @@ __all__ = [
   'scale_by_mada',
   'scale_by_row_adam',
   'search_on_sphere',
+  'sent_bits',
   'transport_momentum',
 ]

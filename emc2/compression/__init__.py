@@ -6,5 +6,6 @@ from emc2.compression.compressor import (
   reduce,
   wire_bits,
 )
+from emc2.compression.memories import Memory
 
-__all__ = ['Compressor', 'Reduced', 'reduce', 'wire_bits']
+__all__ = ['Compressor', 'Memory', 'Reduced', 'reduce', 'wire_bits']

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from emc2 import transforms
+from emc2.compression import sparse
 
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 AXIS_TYPES = (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit)
@@ -309,6 +310,25 @@ ROWS = (
     unit_rows=True,
     # The first points are a part of its state.
     starts_from_shapes=False,
+  ),
+  Row(
+    'compressed_mean',
+    transforms.compressed_mean,
+    options={'compressor': sparse.block_k(fraction=0.5), 'axis_name': None},
+    changes={},
+    solves={},
+    static=('min_compression_rate', 'start_step'),
+    after=optax.scale(-0.02),
+    # Codes flatten what they take, which an explicit axis does not let them.
+    axis_types=(jax.sharding.AxisType.Auto,),
+  ),
+  Row(
+    'powersgd_momentum',
+    transforms.powersgd_momentum,
+    options={},
+    changes={'decay': 0.5},
+    solves={},
+    after=optax.scale(-0.01),
   ),
   Row(
     'densify',
