@@ -1,5 +1,6 @@
 """Codes of the entries that a sparse code keeps: levels or signs of them."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -54,7 +55,7 @@ def quantized(
     return code
 
   def init(shape, dtype, key):
-    kept = _kept(sparsifier, shape)
+    kept = _kept(sparsifier, tuple(shape))
     beta = quantize.beta(beta_rule, kept, levels)
     if beta >= 1:
       raise ValueError(
@@ -124,7 +125,8 @@ def composed(
       f'random_k(shared=False); got {sparsifier.name!r} and {coder.name!r}.'
     )
   unbiased = sparsifier.unbiased and coder.unbiased
-  kept = lambda shape: (_kept(sparsifier, shape),)
+  count = functools.cache(functools.partial(_kept, sparsifier))
+  kept = lambda shape: (count(tuple(shape)),)
 
   def init(shape, dtype, key):
     of_choice, of_values = jax.random.split(key)
@@ -187,7 +189,7 @@ def composed(
 
 def _kept(sparsifier: compressor.Compressor, shape: Sequence[int]) -> int:
   """How many entries of an array of a given shape a sparse code keeps."""
-  x = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
   key = jax.eval_shape(lambda: jax.random.key(0))
 
   def compress(x, key):

@@ -353,7 +353,7 @@ def blocks_8bit(
     |x - Q(x)|^2 / |x|^2 <= max_j (B - 1) ((M_{j+1} - M_j) / 2)^2 /
                                   (1 + (B - 1) min(M_j^2, M_{j+1}^2)),
 
-  0.0036 for 256 of them. Of Gaussian entries it is 0.00012.
+  0.0033 for 256 of them. Of Gaussian entries it is 0.00012.
 
   Args:
     block_size: B, static, in [1, 4096].
