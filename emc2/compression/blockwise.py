@@ -211,7 +211,7 @@ class Codebook:
     steps, starts = _inverse_lines(self.signed)
     size = jnp.abs(place) if self.signed else place
     lines = [size * a + b for a, b in zip(steps, starts, strict=True)]
-    value = jnp.clip(functools.reduce(jnp.maximum, lines), 0.0, 1.0)
+    value = _within(functools.reduce(_greater, lines), 0.0, 1.0)
     if self.signed:
       value = jnp.where(place < 0, -value, value)
     if self.symmetric:
@@ -220,17 +220,19 @@ class Codebook:
 
   def _encode_dynamic(self, y):
     """By the least of the lines, whose whole part counts numbers from 0."""
-    size = jnp.minimum(jnp.abs(y), 1.0) if self.signed else jnp.clip(y, 0, 1)
+    size = _less(jnp.abs(y), 1.0) if self.signed else _greater(y, 0.0)
     slopes, starts = _lines(self.signed)
     lines = [size * a + b for a, b in zip(slopes, starts, strict=True)]
-    place = functools.reduce(jnp.minimum, lines)
+    place = functools.reduce(_less, lines)
     # Between two decades the middle of neighbours lies 0.2 past the border,
     # and the border is a power of two: there the exponent changes.
-    shift, word = (23, jnp.int32) if y.dtype == jnp.float32 else (52, jnp.int64)
-    exponent = lambda x: jax.lax.bitcast_convert_type(x, word) >> shift
+    bits, word = (23, jnp.int32) if y.dtype == jnp.float32 else (52, jnp.int64)
+    read = functools.partial(jax.lax.bitcast_convert_type, new_dtype=word)
     lower = place - 0.2
-    place = jnp.where(exponent(lower) < exponent(place), lower, place)
-    count = place.astype(jnp.int32)
+    place = jnp.where((read(lower) ^ read(place)) >= 1 << bits, lower, place)
+    # The whole part stands in the last bits of what is rounded to whole
+    # numbers; a cast would heed NaN and infinity.
+    count = (read(place + (2.0**bits - 0.5)) & 255).astype(jnp.int32)
     top = (self.table[-2].item() + 1) / 2
     if not self.signed:
       return jnp.where(y > top, jnp.full_like(count, 255), count - 1)
@@ -274,6 +276,21 @@ class Codebook:
 
 SIGNED = Codebook()
 UNSIGNED = Codebook(signed=False)
+
+
+def _less(x, y):
+  """The minimum; `jnp.minimum` heeds NaN, for four times as long on a CPU."""
+  return jnp.where(x < y, x, y)
+
+
+def _greater(x, y):
+  """The maximum, likewise."""
+  return jnp.where(x > y, x, y)
+
+
+def _within(x, low, high):
+  """Between two bounds, likewise."""
+  return _less(_greater(x, low), high)
 
 
 @functools.cache
@@ -464,8 +481,7 @@ def quantize(
     (Array([[255,  35, 127, 255]], dtype=uint8), Array([[1. , 0.1]],
     dtype=float32))
     >>> dequantize(coded)
-    Array([[ 1.        , -0.5007812 ,  0.        ,  0.1       ]],
-    dtype=float32)
+    Array([[ 1.       , -0.5007812,  0.       ,  0.1      ]], dtype=float32)
 
   References:
     Dettmers, Lewis, Shleifer and Zettlemoyer, `8-bit Optimizers via Block-wise

@@ -1,0 +1,6 @@
+"""A step of Adam on moments that are kept in blocks of 8-bit codes."""
+
+from emc2.kernels.adam_8bit.api import step
+from emc2.kernels.adam_8bit.reference import Scalars
+
+__all__ = ['Scalars', 'step']
