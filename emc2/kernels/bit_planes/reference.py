@@ -1,13 +1,24 @@
 """Codes to bit planes and back, in plain `jax.numpy`.
 
-A plane of nw words holds the code at i nw + w as bit i of word w: entries that
-a vector unit loads side by side go into words that lie side by side.
+Word w of a plane holds the codes from 32 w on, the first as its lowest bit.
+Both ways are one loop over memory, and one that XLA fuses with what makes the
+codes and with what uses them, so that no array of codes need exist.
 """
 
 import jax
 import jax.numpy as jnp
 
 WORD = 32
+
+
+def _places():
+  return jnp.arange(WORD, dtype=jnp.uint32)[None, :]
+
+
+def _join(bits):
+  """Words of bits (32 n,), uint32."""
+  shifted = bits.reshape(-1, WORD) << _places()
+  return jax.lax.reduce_or(shifted, axes=(1,))
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
@@ -20,35 +31,31 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
   Returns:
     (bits, ceil(d / 32)), uint32.
   """
-  nw = -(-codes.size // WORD)
-  rows = jnp.pad(codes, (0, WORD * nw - codes.size)).reshape(WORD, nw)
+  whole = codes.size - codes.size % WORD
+  # Padding the whole would be a pass of its own.
+  main = jax.lax.slice(codes, [0], [whole])
+  rest = jnp.pad(jax.lax.slice(codes, [whole], [codes.size]), (0, WORD))[:WORD]
+  parts = [main, rest] if whole < codes.size else [main]
   one = jnp.uint32(1)
-  planes = []
-  for bit in range(bits):
-    taken = [
-      ((rows[i] >> jnp.uint32(bit)) & one) << jnp.uint32(i) for i in range(WORD)
-    ]
-    word = taken[0]
-    for part in taken[1:]:
-      word = word | part
-    planes.append(word)
-  return jnp.stack(planes)
+  planes = [
+    [_join((part >> jnp.uint32(bit)) & one) for part in parts]
+    for bit in range(bits)
+  ]
+  return jnp.stack([jnp.concatenate(plane) for plane in planes])
 
 
 def unpack(words: jax.Array, size: int) -> jax.Array:
   """Unpacks codes.
 
   Args:
-    words: (bits, nw), uint32.
-    size: Number of codes, at most 32 nw; static.
+    words: (bits, n), uint32.
+    size: Number of codes, at most 32 n; static.
 
   Returns:
     (size,), uint32.
   """
-  bits, nw = words.shape
-  shift = jnp.arange(WORD, dtype=jnp.uint32)[:, None]
-  codes = jnp.zeros((WORD, nw), jnp.uint32)
-  for bit in range(bits):
-    taken = (words[bit][None, :] >> shift) & jnp.uint32(1)
-    codes = codes | (taken << jnp.uint32(bit))
+  codes = jnp.zeros((words.shape[1], WORD), jnp.uint32)
+  for bit, plane in enumerate(words):
+    taken = (plane[:, None] >> _places()) & jnp.uint32(1)
+    codes |= taken << jnp.uint32(bit)
   return codes.reshape(-1)[:size]

@@ -1,9 +1,13 @@
 """Insertion into and query of a count sketch: checks, then a choice."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from emc2.kernels.count_sketch import reference
+from emc2 import mesh
+from emc2.kernels import lowering
+from emc2.kernels.count_sketch import blocked, reference
 
 
 def _check_matrix(name, x):
@@ -32,6 +36,8 @@ def insert(
   buckets: jax.typing.ArrayLike,
   signs: jax.typing.ArrayLike,
   width: int,
+  *,
+  implementation: str = 'auto',
 ) -> jax.Array:
   """Adds each signed column of a matrix to the bucket that it is hashed to.
 
@@ -40,13 +46,15 @@ def insert(
     buckets: (m,), int32, in [0, width); not checked.
     signs: (m,), 1 or -1, of any real dtype.
     width: Buckets, at least 1; static.
+    implementation: Static; 'auto' takes 'blocked' on a CPU, else 'xla'.
 
   Returns:
     (n, width), of the dtype of `v`: at [i, j] the sum of signs[c] v[i, c] over
     the columns c of bucket j.
 
   Raises:
-    ValueError: An array has a wrong shape or dtype, or `width` is below 1.
+    ValueError: An array has a wrong shape or dtype, `width` is below 1, or
+      `implementation` is unknown.
   """
   v, buckets, signs = (jnp.asarray(x) for x in (v, buckets, signs))
   _check_matrix('v', v)
@@ -58,7 +66,14 @@ def insert(
     )
   if width < 1:
     raise ValueError(f'width must be at least 1, got {width}.')
-  return reference.insert(v, buckets, signs.astype(v.dtype), width)
+  fixed = lambda module: functools.partial(module.insert, width=width)
+  kernels = {'blocked': lowering.Kernel('cpu', fixed(blocked), None)}
+  return lowering.dispatch(
+    implementation,
+    fixed(reference),
+    kernels,
+    *mesh.vary_alike(v, buckets, signs.astype(v.dtype)),
+  )
 
 
 def query(
