@@ -129,3 +129,21 @@ def step(
   mu, nu = advance(grad, coded, k, settings)
   scales = blockwise.scale_of(mu), blockwise.scale_of(nu)
   return direction(mu, nu, k), encode(mu, nu, scales, settings, key)
+
+
+def step_32(
+  grad: jax.Array, mu: jax.Array, nu: jax.Array, k: Scalars
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """One step on moments as they are, of at least float32.
+
+  Args:
+    grad: Of any shape, of real floats.
+    mu: First moment, of that shape.
+    nu: Second moment, the same.
+    k: Of this update, in the dtype of the moments.
+
+  Returns:
+    The update, in the dtype of `grad`, and both moments.
+  """
+  mu, nu = move(grad.astype(mu.dtype), mu, nu, k)
+  return direction(mu, nu, k).astype(grad.dtype), mu, nu
