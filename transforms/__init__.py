@@ -30,6 +30,11 @@ from emc2.transforms.powersgd_momentum import (
   PowersgdMomentumState,
   powersgd_momentum,
 )
+from emc2.transforms.quantize_state import (
+  UNSIGNED_FIELDS,
+  QuantizeStateState,
+  quantize_state,
+)
 from emc2.transforms.riemannian import (
   MOMENTUM_BUFFERS,
   cap_rows,
@@ -40,6 +45,11 @@ from emc2.transforms.riemannian import (
   transport_momentum,
 )
 from emc2.transforms.row_wise import apply_updates, row_wise
+from emc2.transforms.scale_by_adam_8bit import (
+  ScaleByAdam8bitState,
+  adamw_8bit,
+  scale_by_adam_8bit,
+)
 from emc2.transforms.scale_by_row_adam import (
   ScaleByRowAdamState,
   scale_by_row_adam,
@@ -84,4 +94,10 @@ __all__ = [
   'search_on_sphere',
   'sent_bits',
   'transport_momentum',
+  'UNSIGNED_FIELDS',
+  'QuantizeStateState',
+  'quantize_state',
+  'ScaleByAdam8bitState',
+  'adamw_8bit',
+  'scale_by_adam_8bit',
 ]

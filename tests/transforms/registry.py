@@ -37,6 +37,23 @@ _MADA_CHANGES = {
 _MADA_STATIC = (*transforms.COEFFICIENTS, 'hyper_start', 'hyper_delay')
 
 
+# Blocks so short that the leaves here have several.
+_BLOCKS = {'block_size': 2, 'min_8bit_size': 2}
+_BLOCKS_STATIC = (
+  'block_size',
+  'min_8bit_size',
+  'map',
+  'symmetric',
+  'keep32_mask',
+  'unsigned_fields',
+  'rounding',
+  'key',
+  'keep_sign',
+  'floor',
+  'strict_shards',
+)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
   """A transform and how it is used."""
@@ -207,6 +224,37 @@ ROWS = (
     solves={'gamma': 1.0, 'hyper_learning_rate': None, 'weight_decay': 0.0},
     static=(*_MADA_STATIC, 'mask'),
     needs=('params',),
+  ),
+  Row(
+    'scale_by_adam_8bit',
+    transforms.scale_by_adam_8bit,
+    options=_BLOCKS,
+    changes={'b1': 0.5, 'b2': 0.5, 'eps': 0.5},
+    solves={},
+    static=_BLOCKS_STATIC,
+    after=optax.scale_by_learning_rate(0.1),
+  ),
+  Row(
+    'adamw_8bit',
+    transforms.adamw_8bit,
+    options={'learning_rate': 0.1, 'weight_decay': 0.1, **_BLOCKS},
+    changes={
+      'learning_rate': 0.2,
+      'b1': 0.5,
+      'b2': 0.5,
+      'eps': 0.5,
+      'weight_decay': 1.0,
+    },
+    static=(*_BLOCKS_STATIC, 'mask'),
+    needs=('params',),
+  ),
+  Row(
+    'quantize_state',
+    transforms.quantize_state,
+    options={'inner': optax.trace(0.9), **_BLOCKS},
+    changes={},
+    static=_BLOCKS_STATIC,
+    after=optax.scale(-0.015),
   ),
   Row(
     'add_tangent_noise',
