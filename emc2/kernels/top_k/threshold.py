@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from emc2 import mesh
 
 WORD = 32
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 12, 1 << 16  # At least and at most; else one in 64.
 # The spread of a count is its root: five of them are missed once in a million.
 _SPREADS = 5.0
 # Less is sorted at once.
@@ -34,6 +34,11 @@ def unsupported(x: jax.Array) -> str | None:
   return None
 
 
+def _sample_size(size: int) -> int:
+  least, most = _SAMPLE
+  return min(size, most, max(least, size // 64))
+
+
 def capacity(size: int, k: int) -> tuple[int, int]:
   """Static sizes of the search.
 
@@ -45,7 +50,7 @@ def capacity(size: int, k: int) -> tuple[int, int]:
     The rank in the sample of the first threshold, and how many candidates
     there is room for.
   """
-  m = min(_SAMPLE, size)
+  m = _sample_size(size)
   expected = m * k / size
   margin = 1 + _SPREADS * expected**0.5
   rank = min(m, int(expected + margin) + 1)
@@ -60,7 +65,7 @@ def magnitudes(x: jax.Array) -> jax.Array:
 
 def _sample(x):
   """Entries spread evenly over x, and over the columns of any matrix in it."""
-  m = min(_SAMPLE, x.size)
+  m = _sample_size(x.size)
   # Multiples of the golden ratio, modulo 1; float32 holds 24 bits of them.
   turns = jnp.arange(m, dtype=jnp.uint32) * jnp.uint32(2654435769)
   share = (turns >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2.0**-24)
