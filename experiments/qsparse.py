@@ -486,15 +486,12 @@ def summarize(
     summary[f'{name}.bits'] = float(np.median(curve.bits[-1]))
     summary[f'{name}.num_hits'] = float(np.sum(np.isfinite(found.steps)))
     # A median that is infinite was hit by no more than half of the seeds.
-    numbers = {
-      'hit_step': np.median(found.steps),
-      'hit_bits': np.median(found.bits),
-    }
-    if base is not None:
-      numbers['saving'] = np.median(base) / np.median(found.bits)
-    for metric, number in numbers.items():
-      if math.isfinite(number) and number > 0:
-        summary[f'{name}.{metric}'] = float(number)
+    if math.isfinite(np.median(found.steps)):
+      summary[f'{name}.hit_step'] = float(np.median(found.steps))
+      summary[f'{name}.hit_bits'] = float(np.median(found.bits))
+      if base is not None and math.isfinite(np.median(base)):
+        ratio = np.median(base) / np.median(found.bits)
+        summary[f'{name}.saving'] = float(ratio)
   return summary
 
 

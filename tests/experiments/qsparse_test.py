@@ -27,8 +27,10 @@ class QsparseTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.create_tempdir().full_path)
-    # Optax's schedules count on promotion.
-    self.enter_context(jax.numpy_dtype_promotion('standard'))
+    # Nearly all of the time goes into compiling.
+    name = 'jax_disable_most_optimizations'
+    self.addCleanup(jax.config.update, name, jax.config.read(name))
+    jax.config.update(name, True)
 
   def _run(self, **settings):
     config = qsparse.Config(**(TINY | settings))
