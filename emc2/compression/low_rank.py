@@ -219,16 +219,18 @@ def alternating(rank: int = 4, iterations: int = 1) -> compressor.Compressor:
     residuals, mean = matrices, [jnp.zeros_like(x) for x in matrices]
     count = states[0].count if states else 0
     for i in range(iterations):
-      work = lambda even, residuals=residuals, factors=factors: multiply(
-        even, residuals, factors, keys, axis_name
+      work = functools.partial(
+        multiply,
+        residuals=residuals,
+        factors=factors,
+        keys=keys,
+        axis_name=axis_name,
       )
       if iterations % 2 == 0:
         factors, own = work(i % 2 == 0)
       else:
-        even = (count + i) % 2 == 0
-        factors, own = jax.lax.cond(
-          even, lambda: work(True), lambda: work(False)
-        )
+        sides = [functools.partial(work, even) for even in (True, False)]
+        factors, own = jax.lax.cond((count + i) % 2 == 0, *sides)
       residuals = [
         x - _outer(*pair) for x, pair in zip(residuals, own, strict=True)
       ]
@@ -347,7 +349,7 @@ def _refill(factor: jax.Array, key: jax.Array) -> jax.Array:
 def _orthonormal(
   factors: list[jax.Array], method: str, eps: float
 ) -> list[jax.Array]:
-  """Makes the columns of each matrix orthonormal, those of one shape at once."""
+  """Makes columns orthonormal, of all matrices of one shape at once."""
   one = functools.partial(_gram_schmidt, eps=eps)
   if method == 'qr':
     one = lambda factor: jnp.linalg.qr(factor)[0]
@@ -381,7 +383,10 @@ def _times(matrix: jax.Array, right: jax.Array) -> jax.Array:
 
 def _transposed_times(matrix: jax.Array, left: jax.Array) -> jax.Array:
   """M^T P: (m, r), reading the matrix in the order in which it lies."""
-  return jnp.matmul(left.T, matrix, precision='highest').T
+  # Without barriers XLA folds the transposes into a product that is slow.
+  turned = jax.lax.optimization_barrier(left.T)
+  product = jnp.matmul(turned, matrix, precision='highest')
+  return jax.lax.optimization_barrier(product).T
 
 
 def _outer(left: jax.Array, right: jax.Array) -> jax.Array:
