@@ -92,7 +92,8 @@ class QuantizedTest(parameterized.TestCase):
     with jax.enable_x64(True):
       x = jnp.asarray(_normal(50))
       code = compose.quantized(sparse.top_k(10), 16)
-      found = np.asarray(_decoded(code, x, jax.random.key(0)))
+      run = jax.jit(functools.partial(_decoded, code))
+      found = np.asarray(run(x, jax.random.key(0)))
       kept = np.argsort(-np.abs(np.asarray(x)))[:10]
       norm = np.linalg.norm(np.asarray(x)[kept])
       counts = found * (1 + 10 / 256) * 16 / norm
@@ -220,12 +221,16 @@ class WorkersTest(parameterized.TestCase):
     like = jax.ShapeDtypeStruct((2, 9), jnp.float32)
     keys = jax.random.split(jax.random.key(0), 4)
     state = code.init(like.shape, like.dtype, keys[0])
-    payloads = jax.vmap(lambda x, key: code.compress(state, x, key)[0])(
-      rows, keys
-    )
-    found = code.accumulate(state, payloads, like)
+    compress = lambda x, key: code.compress(state, x, key)[0]
     decode = lambda payload: code.decompress(state, payload, like)
-    want = jnp.sum(jax.vmap(decode)(payloads), axis=0)
+
+    @jax.jit
+    def run(rows, keys):
+      payloads = jax.vmap(compress)(rows, keys)
+      each = jax.vmap(decode)(payloads)
+      return code.accumulate(state, payloads, like), jnp.sum(each, axis=0)
+
+    found, want = run(rows, keys)
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
 
   def test_names_and_flags(self):

@@ -256,7 +256,8 @@ class TableTest(parameterized.TestCase):
     'identity', 'sign', 'qsgd', 'k_level', 'rotated', 'blocks_8bit'
   )
   def test_one_entry(self, name):
-    found = _decoded(ROWS[name].make(), jnp.float32(-3), jax.random.key(1))
+    decode = jax.jit(functools.partial(_decoded, ROWS[name].make()))
+    found = decode(jnp.float32(-3), jax.random.key(1))
     self.assertEqual(found, -3)
 
   @parameterized.parameters(
@@ -268,7 +269,8 @@ class TableTest(parameterized.TestCase):
   )
   def test_one_entry_of_one(self, make):
     code = make(fraction=0.1)
-    found = _decoded(code, jnp.full((1, 1), -3.0), jax.random.key(1))
+    decode = jax.jit(functools.partial(_decoded, code))
+    found = decode(jnp.full((1, 1), -3.0), jax.random.key(1))
     np.testing.assert_array_equal(found, [[-3]])
     self.assertEqual(code.bits(()), 33 if 'sign' in code.name else 32)
 
