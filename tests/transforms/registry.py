@@ -255,6 +255,9 @@ ROWS = (
     changes={},
     static=_BLOCKS_STATIC,
     after=optax.scale(-0.015),
+    # Momentum in bfloat16 is rounded less often where it is compiled, and the
+    # next code is no rounding of a code.
+    dtypes=(jnp.float32, jnp.float64),
   ),
   Row(
     'add_tangent_noise',
