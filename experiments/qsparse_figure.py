@@ -162,6 +162,7 @@ def draw_bits(
   target: float,
 ) -> None:
   """Draws by how many bits each seed came to the target."""
+  axis.margins(x=0.15)  # Words stand beside some marks.
   for place, (name, curve) in enumerate(curves.items()):
     color = COLORS[methods[name].code]
     bits = hit(curve, target).bits
@@ -178,8 +179,16 @@ def draw_bits(
       middle = np.median(bits)
       axis.plot([middle], [place], '|', color=color, ms=16, mew=2.5)
     elif not reached.any():
-      axis.text(
-        0.02, place, 'never', transform=axis.get_yaxis_transform(), va='center'
+      end = np.median(curve.bits[-1])
+      axis.plot([end], [place], 'x', color=color, ms=6)
+      axis.annotate(
+        'not by',
+        (end, place),
+        xytext=(-7, 0),
+        textcoords='offset points',
+        ha='right',
+        va='center',
+        fontsize=9,
       )
   axis.set_yticks(range(len(curves)), [_label(name) for name in curves])
   axis.set(xscale='log', xlabel=f'bits to a training loss of {target:g}')
