@@ -1,6 +1,5 @@
 """Tests of the embedding for 8-bit states."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
