@@ -181,7 +181,6 @@ class ReductionsTest(parameterized.TestCase):
   @parameterized.parameters(
     identity.identity,
     lambda: sparse.top_k(30),
-    lambda: sparse.random_k(30),
     lambda: sparse.block_k(fraction=1.0),
   )
   def test_what_keeps_all_has_no_memory(self, make):
