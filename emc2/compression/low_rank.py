@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from emc2 import arguments
+from emc2 import arguments, mesh
 from emc2.compression import collectives, compressor
 
 ERRORS = ('local', 'mean')
@@ -178,8 +178,8 @@ def alternating(rank: int = 4, iterations: int = 1) -> compressor.Compressor:
 
   Returns:
     A code with 16 `iterations` r (n + m) bits, the mean over calls if
-    `iterations` is odd. :func:`~emc2.compression.wire_bits` counts whole pairs
-    of products.
+    `iterations` is odd. :func:`~emc2.compression.wire_bits` counts both factors
+    of each product, of which only the new one travels.
 
   Raises:
     ValueError: If a number is below 1.
@@ -210,13 +210,19 @@ def alternating(rank: int = 4, iterations: int = 1) -> compressor.Compressor:
     times = _transposed_times if even else _times
     own = list(map(times, residuals, fixed))
     mean = own if axis_name is None else collectives.mean(own, axis_name)
-    pair = lambda fixed, new: Factors(*((fixed, new) if even else (new, fixed)))
+
+    def pair(fixed, new):
+      # Of one type, whichever side was multiplied.
+      fixed, new = mesh.vary_alike(fixed, new)
+      return Factors(*((fixed, new) if even else (new, fixed)))
+
     return list(map(pair, fixed, mean)), list(map(pair, fixed, own))
 
-  def reduce(states, xs, keys, axis_name):
+  def run(states, xs, keys, axis_name):
+    """The workers' own factors, their means, and the states."""
     matrices = [x.reshape(matrix_shape(x.shape)) for x in xs]
     factors = [state.factors for state in states]
-    residuals, mean = matrices, [jnp.zeros_like(x) for x in matrices]
+    residuals, owns, means = matrices, [], []
     count = states[0].count if states else 0
     for i in range(iterations):
       work = functools.partial(
@@ -234,26 +240,35 @@ def alternating(rank: int = 4, iterations: int = 1) -> compressor.Compressor:
       residuals = [
         x - _outer(*pair) for x, pair in zip(residuals, own, strict=True)
       ]
-      mean = [x + _outer(*pair) for x, pair in zip(mean, factors, strict=True)]
-    shaped = lambda xs_: [
-      one.reshape(x.shape) for one, x in zip(xs_, xs, strict=True)
-    ]
-    sent = [x - rest for x, rest in zip(matrices, residuals, strict=True)]
+      owns.append(own)
+      means.append(factors)
     after = [
       AlternatingState(pair, state.count + iterations)
       for pair, state in zip(factors, states, strict=True)
     ]
-    return compressor.Reduced(shaped(sent), shaped(mean), after)
+    return list(zip(*owns, strict=True)), list(zip(*means, strict=True)), after
+
+  def add_up(state, payload, like):
+    del state
+    terms = [_outer(*factors) for factors in payload]
+    return sum(terms[1:], start=terms[0]).reshape(like.shape)
+
+  def reduce(states, xs, keys, axis_name):
+    own, mean, after = run(states, xs, keys, axis_name)
+    sent = list(map(add_up, after, own, xs))
+    if axis_name is None:
+      return compressor.Reduced(sent, sent, after)
+    return compressor.Reduced(sent, list(map(add_up, after, mean, xs)), after)
 
   def compress(state, x, key):
-    done = reduce([state], [x], [key], None)
-    return done.sent[0], done.states[0]
+    own, _, after = run([state], [x], [key], None)
+    return own[0], after[0]
 
   return compressor.Compressor(
     name=f'alternating, rank {rank}',
     init=begin,
     compress=compress,
-    decompress=lambda state, payload, like: payload,
+    decompress=add_up,
     bits=lambda shape: (
       16 * iterations * _rank(shape, rank) * sum(matrix_shape(shape))
     ),
