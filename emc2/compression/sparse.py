@@ -1,5 +1,6 @@
 """Codes that keep k of d entries: the largest, random ones, a random block."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -193,31 +194,30 @@ def block_k(
   """
   count = _counter(k, fraction, at_most)
 
-  # The block is cut from its first piece, which ends with the array, and the
-  # array's head: two slices, where a gather would read entry by entry.
-  def pieces(start, size, kept):
-    first = jnp.minimum(start, size - kept)
-    return first, start - first
-
   def compress(state, x, key):
     del state
     size, kept = x.size, count(x.shape)
     start = jax.random.randint(key, (), 0, size, jnp.int32)
-    first, skipped = pieces(start, size, kept)
+    # Cut from the piece that ends with the array and the array's head: two
+    # slices, where a gather would read entry by entry.
+    first = jnp.minimum(start, size - kept)
     flat = x.reshape(-1)
     piece = jax.lax.dynamic_slice(flat, (first,), (kept,))
     both = jnp.concatenate([piece, flat[:kept]])
-    values = jax.lax.dynamic_slice(both, (skipped,), (kept,))
+    values = jax.lax.dynamic_slice(both, (start - first,), (kept,))
     return Entries(values * _gain(count, scaled, x.shape), None), start
 
   def decompress(state, payload, like):
-    size, kept = math.prod(like.shape), count(like.shape)
-    first, skipped = pieces(state, size, kept)
-    both = jnp.zeros(2 * kept, like.dtype)
-    both = jax.lax.dynamic_update_slice(both, payload.values, (skipped,))
-    flat = jnp.zeros(size, like.dtype)
-    flat = jax.lax.dynamic_update_slice(flat, both[:kept], (first,))
-    return flat.at[:kept].add(both[kept:]).reshape(like.shape)
+    size = math.prod(like.shape)
+    # A CPU and a GPU read the block in the loop that uses the result; a TPU
+    # reads slowly by index.
+    flat = jax.lax.platform_dependent(
+      state,
+      payload.values,
+      tpu=functools.partial(_place_by_slices, size=size),
+      default=functools.partial(_place_by_index, size=size),
+    )
+    return flat.reshape(like.shape)
 
   return compressor.Compressor(
     name='block-k' + ', scaled' * scaled,
@@ -308,6 +308,27 @@ def _scatter(indices: jax.Array, values: jax.Array, like) -> jax.Array:
     values, mode='promise_in_bounds', unique_indices=True
   )
   return flat.reshape(like.shape)
+
+
+def _place_by_index(start: jax.Array, block: jax.Array, size: int) -> jax.Array:
+  """A block in an array of zeros, from `start` on and past the end."""
+  place = jnp.arange(size, dtype=jnp.int32) - start
+  place = jnp.where(place < 0, place + size, place)
+  inside = jnp.minimum(place, block.size - 1)
+  values = block.at[inside].get(mode='promise_in_bounds')
+  return jnp.where(place < block.size, values, 0)
+
+
+def _place_by_slices(
+  start: jax.Array, block: jax.Array, size: int
+) -> jax.Array:
+  """The same by a piece that ends with the array at the latest, and a head."""
+  first = jnp.minimum(start, size - block.size)
+  both = jnp.zeros(2 * block.size, block.dtype)
+  both = jax.lax.dynamic_update_slice(both, block, (start - first,))
+  flat = jnp.zeros(size, block.dtype)
+  flat = jax.lax.dynamic_update_slice(flat, both[: block.size], (first,))
+  return flat.at[: block.size].add(both[block.size :])
 
 
 def _put(state, payload: Entries, like) -> jax.Array:

@@ -131,22 +131,37 @@ class RandomKTest(parameterized.TestCase):
 
 
 class BlockKTest(parameterized.TestCase):
-  @parameterized.parameters(1, 3, 4, 6, 7)
-  def test_all_starts(self, k):
-    code, size = sparse.block_k(k), 7
-    values = jnp.arange(1.0, k + 1)
-    like = jax.ShapeDtypeStruct((size,), jnp.float32)
-    decode = jax.jit(
-      lambda start: code.decompress(start, sparse.Entries(values, None), like)
-    )
+  @parameterized.product(
+    k=(1, 4, 6, 7), place=(sparse._place_by_index, sparse._place_by_slices)
+  )
+  def test_all_starts(self, k, place):
+    size = 7
+    block = jnp.arange(1.0, k + 1)
+    run = jax.jit(functools.partial(place, size=size))
     times = np.zeros(size)
     for start in range(size):
-      found = decode(jnp.int32(start))
-      want = np.roll(np.pad(values, (0, size - k)), start)
+      found = run(jnp.int32(start), block)
+      want = np.roll(np.pad(block, (0, size - k)), start)
       np.testing.assert_array_equal(found, want)
       times += np.asarray(found) > 0
     # Each entry is kept for exactly k of the d starts.
     np.testing.assert_array_equal(times, k)
+
+  def test_platforms(self):
+    code = sparse.block_k(2)
+    like = jax.ShapeDtypeStruct((7,), jnp.float32)
+    run = jax.jit(
+      lambda start, block: code.decompress(
+        start, sparse.Entries(block, None), like
+      )
+    )
+    traced = run.trace(jnp.int32(0), jnp.ones(2))
+    slices = [
+      'dynamic_update_slice'
+      in traced.lower(lowering_platforms=(platform,)).as_text()
+      for platform in ('cpu', 'cuda', 'tpu')
+    ]
+    self.assertEqual(slices, [False, False, True])
 
   @parameterized.parameters(3, 6, 7)
   def test_values_are_those_in_a_row(self, k):
