@@ -52,14 +52,14 @@ def check_rate(name: str, value: jax.typing.ArrayLike) -> None:
     raise ValueError(f'{name} must lie in [0, 1), got {value}.')
 
 
-def check_leaf(path: Any, leaf: jax.Array) -> None:
+def check_leaf(path: Any, leaf: Any) -> None:
   """Refuses what is not of real floats."""
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     name = jax.tree_util.keystr(path)
     raise ValueError(f'params{name} must be of real floats, got {leaf.dtype}.')
 
 
-def check_shards(path: Any, leaf: jax.Array, block_size: int) -> None:
+def check_shards(path: Any, leaf: Any, block_size: int) -> None:
   """Refuses an array whose blocks cross from one device to the next."""
   sharding = getattr(leaf, 'sharding', None)
   if sharding is None or isinstance(leaf, jax.core.Tracer):

@@ -92,7 +92,7 @@ def quantize_state(
     rounding=rounding,
     key=key,
   )
-  is_coded = lambda node: isinstance(node, blockwise.Quantized)
+  is_coded = blockwise.is_coded
 
   def codebook(path):
     fields = {
@@ -122,12 +122,16 @@ def quantize_state(
 
   def update_fn(updates, state, params=None, **extra_args):
     like = jax.eval_shape(inner.init, updates if params is None else params)
-    decode = lambda coded, like: (
-      blockwise.dequantize(coded, like) if is_coded(coded) else coded
+    restore = lambda node: blockwise.as_coded(
+      node, settings.signed, settings.unsigned
+    )
+    decode = lambda node, like: (
+      blockwise.dequantize(restore(node), like) if is_coded(node) else node
     )
     before = jax.tree.map(decode, state.inner_state, like, is_leaf=is_coded)
     updates, after = inner.update(updates, before, params, **extra_args)
     old, treedef = jax.tree.flatten(state.inner_state, is_leaf=is_coded)
+    old = [restore(node) for node in old]
     keys, next_key = [None] * len(old), None
     if state.key is not None:
       next_key, *keys = jax.random.split(state.key, len(old) + 1)

@@ -144,7 +144,13 @@ def scale_by_adam_8bit(
     del params, extra_args
     count = optax.safe_increment(state.count)
     leaves, treedef = jax.tree.flatten(updates)
-    mus, nus = (treedef.flatten_up_to(x) for x in (state.mu, state.nu))
+    mus, nus = (
+      [blockwise.as_coded(x, book) for x in treedef.flatten_up_to(moments)]
+      for moments, book in (
+        (state.mu, settings.signed),
+        (state.nu, settings.unsigned),
+      )
+    )
     keys, next_key = [None] * len(leaves), None
     if state.key is not None:
       next_key, *keys = jax.random.split(state.key, len(leaves) + 1)
@@ -175,7 +181,17 @@ def adamw_8bit(
   eps: jax.typing.ArrayLike = 1e-8,
   weight_decay: jax.typing.ArrayLike = 1e-4,
   mask: Any | Callable[[optax.Params], Any] | None = None,
-  **options: Any,
+  *,
+  block_size: int = blockwise.BLOCK_SIZE,
+  min_8bit_size: int = 4096,
+  map: str = 'dynamic',
+  symmetric: bool = False,
+  keep32_mask: Any | Callable[[optax.Params], Any] | None = None,
+  rounding: str = 'nearest',
+  key: jax.Array | None = None,
+  keep_sign: bool = True,
+  floor: bool = True,
+  strict_shards: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW with moments in 8 bits: :func:`scale_by_adam_8bit` in a chain.
 
@@ -187,7 +203,16 @@ def adamw_8bit(
     weight_decay: Decoupled, at least 0; taken from the params as they are
       before the step.
     mask: What decays, as in :func:`optax.adamw`; all by default.
-    **options: The others of :func:`scale_by_adam_8bit`.
+    block_size: As there.
+    min_8bit_size: As there.
+    map: As there.
+    symmetric: As there.
+    keep32_mask: As there.
+    rounding: As there.
+    key: As there.
+    keep_sign: As there.
+    floor: As there.
+    strict_shards: As there.
 
   Returns:
     The optimiser.
@@ -200,7 +225,21 @@ def adamw_8bit(
     Array([-0.1,  0.1], dtype=float32)
   """
   return optax.chain(
-    scale_by_adam_8bit(b1, b2, eps, **options),
+    scale_by_adam_8bit(
+      b1,
+      b2,
+      eps,
+      block_size=block_size,
+      min_8bit_size=min_8bit_size,
+      map=map,
+      symmetric=symmetric,
+      keep32_mask=keep32_mask,
+      rounding=rounding,
+      key=key,
+      keep_sign=keep_sign,
+      floor=floor,
+      strict_shards=strict_shards,
+    ),
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )

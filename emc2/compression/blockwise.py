@@ -11,7 +11,7 @@ inverses, so that neither searches a table.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -344,12 +344,14 @@ class Quantized:
     """Codes and scales, by name, and the codebook."""
     name = jax.tree_util.GetAttrKey(f'codes_{self.codebook.name}')
     scale = jax.tree_util.GetAttrKey('absmax')
-    return ((name, self.codes), (scale, self.absmax)), self.codebook
+    # In alphabetical order, as in a mapping.
+    return ((scale, self.absmax), (name, self.codes)), self.codebook
 
   @classmethod
   def tree_unflatten(cls, codebook, children):
     """The reverse."""
-    return cls(*children, codebook)
+    absmax, codes = children
+    return cls(codes, absmax, codebook)
 
   @property
   def is_flat(self) -> bool:
@@ -362,6 +364,32 @@ class Quantized:
     if self.is_flat:
       return self.codes.shape[-1]
     return self.codes.shape[-1] // self.absmax.shape[-1]
+
+
+def is_coded(node: Any) -> bool:
+  """Whether a node of a state is an array in codes, or a mapping of its parts.
+
+  A library of models may have made the one into the other (`flax.nnx`).
+  """
+  if isinstance(node, Quantized):
+    return True
+  if not isinstance(node, Mapping) or len(node) != 2:
+    return False
+  scale, codes = sorted(map(str, node))
+  return scale == 'absmax' and codes.startswith('codes_')
+
+
+def as_coded(node: Any, *codebooks: Codebook) -> Any:
+  """The array that a node is in codes of one of some codebooks, or the node."""
+  if isinstance(node, Quantized) or not is_coded(node):
+    return node
+  for codebook in codebooks:
+    if f'codes_{codebook.name}' in node:
+      return Quantized(node[f'codes_{codebook.name}'], node['absmax'], codebook)
+  raise ValueError(
+    f'codes must be those of one of {[x.name for x in codebooks]}, got '
+    f'{sorted(map(str, node))}.'
+  )
 
 
 def check_block_size(block_size: int) -> None:

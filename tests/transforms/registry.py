@@ -45,12 +45,10 @@ _BLOCKS_STATIC = (
   'map',
   'symmetric',
   'keep32_mask',
-  'unsigned_fields',
   'rounding',
   'key',
   'keep_sign',
   'floor',
-  'strict_shards',
 )
 
 
@@ -231,7 +229,7 @@ ROWS = (
     options=_BLOCKS,
     changes={'b1': 0.5, 'b2': 0.5, 'eps': 0.5},
     solves={},
-    static=_BLOCKS_STATIC,
+    static=(*_BLOCKS_STATIC, 'strict_shards'),
     after=optax.scale_by_learning_rate(0.1),
   ),
   Row(
@@ -245,7 +243,7 @@ ROWS = (
       'eps': 0.5,
       'weight_decay': 1.0,
     },
-    static=(*_BLOCKS_STATIC, 'mask'),
+    static=(*_BLOCKS_STATIC, 'strict_shards', 'mask'),
     needs=('params',),
   ),
   Row(
@@ -253,7 +251,7 @@ ROWS = (
     transforms.quantize_state,
     options={'inner': optax.trace(0.9), **_BLOCKS},
     changes={},
-    static=_BLOCKS_STATIC,
+    static=(*_BLOCKS_STATIC, 'unsigned_fields'),
     after=optax.scale(-0.015),
     # Momentum in bfloat16 is rounded less often where it is compiled, and the
     # next code is no rounding of a code.
