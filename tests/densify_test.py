@@ -324,6 +324,54 @@ class ReduceTest(parameterized.TestCase):
     if strategy == 'gather':
       self.assertEqual(got.num_slices, 8 * (24 + 10))
 
+  @pytest.mark.slow
+  def test_loss_curves_of_all_ways_are_one(self):
+    """200 steps with tied weights: eight workers, and all on one device."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(0.1 * rng.normal(size=(256, 16)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, 256, (200, 64, 2)), jnp.int32)
+
+    def loss_fn(rows, table, targets):
+      logits = rows @ table.T
+      right = jnp.take_along_axis(logits, targets[:, None], axis=1)
+      return jnp.mean(jax.nn.logsumexp(logits, axis=1) - right[:, 0])
+
+    def on_one(table, ids):
+      whole = lambda table: loss_fn(table[ids[:, 0]], table, ids[:, 1])
+      return jax.value_and_grad(whole)(table)
+
+    def on_workers(strategy, way, table, ids):
+      local = jax.lax.pcast(table, 'data', to='varying')
+      loss, grads = densify.embedding_grad_slices(
+        functools.partial(loss_fn, targets=ids[:, 1]), table, ids[:, 0], local
+      )
+      total = densify.accumulate(grads, strategy)
+      mean = densify.reduce_slices(total, 'data', way)
+      if indexed_slices.is_slices(mean):
+        mean = indexed_slices.to_dense(mean)
+      return jax.lax.pmean(loss, 'data'), mean
+
+    curves = []
+    for settings in (None, ('tf', 'gather'), ('densify_if_any_dense', 'auto')):
+      grad = on_one
+      if settings:
+        grad = jax.shard_map(
+          functools.partial(on_workers, *settings),
+          mesh=mesh_lib.make(),
+          in_specs=(P(), P('data')),
+          out_specs=P(),
+        )
+
+      def step(table, ids, grad=grad):
+        loss, mean = grad(table, ids)
+        return table - 2.0 * mean, loss
+
+      _, losses = jax.jit(functools.partial(jax.lax.scan, step))(table, ids)
+      curves.append(np.asarray(losses))
+    self.assertLess(curves[0][-1], curves[0][0])
+    for other in curves[1:]:
+      np.testing.assert_allclose(other, curves[0], rtol=1e-4)
+
   def test_bytes_held_grow_with_workers_only_where_gathered(self):
     held = {}
     for num_workers in (2, 4, 8):
