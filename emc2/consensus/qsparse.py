@@ -104,8 +104,8 @@ def qsparse_local(
   is algorithm 2. Steps without an upload communicate nothing.
 
   It contains local SGD (the identity as code), SGD with memory (H = 1), and
-  SGD of the mean gradient (both). An update with a memory cannot do without a
-  contraction, so the code must have a delta.
+  SGD of the mean gradient (both). A memory stays bounded if the code contracts
+  (`delta`): of codes that scale up to be unbiased it need not.
 
   .. note::
     The learning rate lies inside of :math:`\Delta`, so memories are in units
@@ -157,6 +157,8 @@ def qsparse_local(
     ValueError: If an argument breaks its rule; by `init`, if params are not
       floating or the code refuses a shape; by `step`, if `axis_name` is not
       bound, or there are other workers than `num_workers`.
+    NotImplementedError: By `step`, if several workers of a device of a mesh
+      were to exchange payloads, or have a code that reduces by itself.
 
   Examples:
     Two workers pull one number to different sides; with a step size of 1/2
