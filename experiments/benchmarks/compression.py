@@ -7,6 +7,8 @@ Cases, for `--only`:
   are what it stands for and what is lost. Buffers are donated, payloads are
   outputs. Against torch, and against the same maths in plain jax.numpy, which
   packs no bits;
+- `feedback`: the largest entries with their memory, in place and without the
+  dense array that they stand for: what a code costs that asks for none;
 - `select`: the largest entries alone, against `jax.lax.top_k`;
 - `sketch`: insertion into a count sketch, against a scatter;
 - `wire`: bits of a payload for each entry.
@@ -161,6 +163,37 @@ def time_plain(*, name: str, value: float, side: int, feedback: bool = True):
   return _repeat(step, grad, memory, q)
 
 
+def time_feedback(*, fraction: float, side: int):
+  """Adds to the memory, takes the largest entries and clears them there."""
+  grad, memory = _draw(side)
+  k, rows = int(fraction * grad.size), max(1, side // 50)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def run(memory, grad):
+    # A sum of two whole arrays would be a third, which the system must map.
+    def add(i, memory):
+      start = jnp.minimum(i * rows, side - rows)
+      cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows)
+      row = start + jnp.arange(rows)[:, None]
+      more = jnp.where(row >= i * rows, cut(grad), 0.0)
+      return jax.lax.dynamic_update_slice_in_dim(
+        memory, cut(memory) + more, start, 0
+      )
+
+    memory = jax.lax.fori_loop(0, -(-side // rows), add, memory).reshape(-1)
+    found = top_k.top_k(memory, k)
+    at = memory.at[found.indices]
+    memory = at.set(0.0, mode='promise_in_bounds', unique_indices=True)
+    return memory.reshape(side, side), found
+
+  def call():
+    nonlocal memory
+    memory, found = jax.block_until_ready(run(memory, grad))
+    return found
+
+  return call
+
+
 def time_select(*, implementation: str, fraction: float, side: int):
   """The largest entries of an array."""
   x = _draw(side)[0].reshape(-1)
@@ -187,6 +220,7 @@ def time_sketch(*, implementation: str, size: float, side: int):
 CASES = {
   'code': time_code,
   'plain': time_plain,
+  'feedback': time_feedback,
   'select': time_select,
   'sketch': time_sketch,
 }
@@ -228,6 +262,7 @@ def cases(smoke: bool) -> list[harness.Case]:
   side = 512 if smoke else _SIDE
   return [
     *_code_cases(side),
+    *_feedback_cases(side),
     *_select_cases(side),
     *_sketch_cases(side),
     harness.Case('wire', functools.partial(_wire, side=side)),
@@ -285,6 +320,34 @@ def _code_cases(side):
       )
       for one in both
     ],
+  ]
+
+
+def _feedback_cases(side):
+  def run(context, fraction, sampled, target):
+    settings = {'fraction': fraction, 'side': side}
+    theirs = settings | {'sampled': sampled, 'dense': False}
+    return [
+      context.race(
+        name=f'feedback: {fraction:g} of {side**2 / 1e6:.3g}M entries',
+        metric='values, indices and memory',
+        ours=harness.Side(_OURS, 'feedback', settings),
+        theirs=harness.Side(_PEERS, 'top_k', theirs, peer=True),
+        peer='torch, sampled threshold' if sampled else 'torch.topk',
+        target=harness.Target(target),
+      )
+    ]
+
+  return [
+    harness.Case(
+      f'feedback: {fraction:g}' + ', sampled' * sampled,
+      functools.partial(run, fraction=fraction, sampled=sampled, target=target),
+    )
+    for fraction, sampled, target in (
+      (0.01, False, 0.05),
+      (0.001, False, 0.1),
+      (0.01, True, 0.4),
+    )
   ]
 
 

@@ -20,10 +20,13 @@ def _arrays(side):
   return torch.randn(side, side), torch.randn(side, side)
 
 
-def time_top_k(*, side: int, fraction: float, sampled: bool = False):
+def time_top_k(
+  *, side: int, fraction: float, sampled: bool = False, dense: bool = True
+):
   """The largest entries: by `torch.topk`, or by a threshold from a sample.
 
-  The threshold does not keep exactly k entries.
+  The threshold does not keep exactly k entries. Unless `dense`, the gradient
+  stays, and no array of what was sent is made.
   """
   import torch
 
@@ -41,8 +44,9 @@ def time_top_k(*, side: int, fraction: float, sampled: bool = False):
     else:
       indices = torch.topk(memory.abs(), k, sorted=False).indices
     values = memory[indices]
-    grad.zero_()
-    grad[indices] = values
+    if dense:
+      grad.zero_()
+      grad[indices] = values
     memory[indices] = 0
 
   return call
