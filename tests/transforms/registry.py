@@ -70,7 +70,8 @@ class Row:
 
   solves: Mapping[str, Any] | None = None
   """What to change in the options so that the four targets are reached; None
-  for a piece of an optimiser that has a row too."""
+  for a piece of an optimiser that has a row too, and for what plain descent
+  follows, which does not reach them all at one rate."""
 
   static: tuple[str, ...] = ()
   """Arguments that `optax.inject_hyperparams` is told to leave alone."""
@@ -365,9 +366,8 @@ ROWS = (
     transforms.compressed_mean,
     options={'compressor': sparse.block_k(fraction=0.5), 'axis_name': None},
     changes={},
-    solves={},
     static=('min_compression_rate', 'start_step'),
-    after=optax.scale(-0.02),
+    after=optax.scale(-0.1),
     # Codes flatten what they take, which an explicit axis does not let them.
     axis_types=(jax.sharding.AxisType.Auto,),
   ),
@@ -376,8 +376,7 @@ ROWS = (
     transforms.powersgd_momentum,
     options={},
     changes={'decay': 0.5},
-    solves={},
-    after=optax.scale(-0.01),
+    after=optax.scale(-0.1),
   ),
   Row(
     'densify',
