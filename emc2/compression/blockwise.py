@@ -72,7 +72,7 @@ def dynamic_table(
   ]
   if spare:
     # Codes with no zero at all divide the top decade once more.
-    parts.append(centres(2 ** (spare + doubled) - 1))
+    parts.append(centres(2**spare - 1))
   positive = np.concatenate(parts)
   negative = -positive if signed else []
   return np.sort(np.concatenate([negative, positive, [0.0, 1.0]])).astype(
@@ -547,14 +547,15 @@ def codes_in_blocks(coded: Quantized) -> jax.Array:
 
 def dequantize(
   coded: Quantized,
-  like: jax.Array | jax.ShapeDtypeStruct | None = None,
+  like: Any = None,
 ) -> jax.Array:
   """The array that codes stand for.
 
   Args:
     coded: From :func:`quantize`.
-    like: Has the shape and dtype to return; by default those of the codes and
-      of the scales, which serve where no block was padded.
+    like: An array, maybe abstract, of the shape and dtype to return; by default
+      those of the codes and of the scales, which serve where no block was
+      padded.
 
   Returns:
     An array.
