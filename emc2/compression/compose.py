@@ -54,7 +54,7 @@ def quantized(
   if scaled or sparsifier.unbiased:
     return code
 
-  def init(shape, dtype, key):
+  def prepare(shape, dtype, key):
     kept = _kept(sparsifier, tuple(shape))
     beta = quantize.beta(beta_rule, kept, levels)
     if beta >= 1:
@@ -64,7 +64,7 @@ def quantized(
       )
     return code.init(shape, dtype, key)
 
-  return code._replace(init=init)
+  return code._replace(init=prepare)
 
 
 def signed(
@@ -128,7 +128,7 @@ def composed(
   count = functools.cache(functools.partial(_kept, sparsifier))
   kept = lambda shape: (count(tuple(shape)),)
 
-  def init(shape, dtype, key):
+  def prepare(shape, dtype, key):
     of_choice, of_values = jax.random.split(key)
     return (
       sparsifier.init(shape, dtype, of_choice),
@@ -175,7 +175,7 @@ def composed(
 
   return compressor.Compressor(
     name=f'{sparsifier.name}, {coder.name}',
-    init=init,
+    init=prepare,
     compress=compress,
     decompress=decompress,
     bits=bits,

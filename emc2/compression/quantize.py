@@ -262,8 +262,7 @@ def rotated(levels: int) -> compressor.Compressor:
     return 2 * bit_planes.unpack(planes, size).astype(dtype) - 1
 
   def compress(state, x, key):
-    # Two numbers drawn from one seed: who compresses and who decompresses see
-    # the state of after.
+    # Who decompresses is given the state of after: that one sets the rotation.
     state = jax.random.bits(jax.random.key(state), (), jnp.uint32)
     flat = x.reshape(-1) * diagonal(state, x.size, x.dtype)
     flat = jnp.pad(flat, (0, padded(x.shape) - x.size))

@@ -259,12 +259,12 @@ def _counter(
 def _checked(count, state=tuple):
   """An `init` that refuses a shape with fewer than k entries."""
 
-  def init(shape, dtype, key):
+  def prepare(shape, dtype, key):
     del dtype, key
     count(shape)
     return state()
 
-  return init
+  return prepare
 
 
 def _gain(count, scaled, shape) -> float:
