@@ -5,16 +5,34 @@ The core knows jax and numpy only. Gradient transformations stand in
 from here.
 """
 
-from emc2 import algorithm, contrastive, kernels, mesh, ring, sphere, topics
+from emc2 import (
+  algorithm,
+  compression,
+  consensus,
+  contrastive,
+  densify,
+  indexed_slices,
+  kernels,
+  mesh,
+  ring,
+  separable,
+  sphere,
+  topics,
+)
 
 __version__ = '0.1.0'
 
 __all__ = [
   'algorithm',
+  'compression',
+  'consensus',
   'contrastive',
+  'densify',
+  'indexed_slices',
   'kernels',
   'mesh',
   'ring',
+  'separable',
   'sphere',
   'topics',
 ]

@@ -21,7 +21,15 @@ from absl import app, flags
 
 from emc2.experiments.benchmarks import harness
 
-BENCHMARKS = ('contrastive', 'ds_facto', 'ds_mlr', 'lda', 'mada', 'thomson')
+BENCHMARKS = (
+  'compression',
+  'contrastive',
+  'ds_facto',
+  'ds_mlr',
+  'lda',
+  'mada',
+  'thomson',
+)
 
 
 def run(

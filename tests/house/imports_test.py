@@ -15,6 +15,8 @@ FOUNDATION = {
   'arguments',
   'compression',
   'csr',
+  'densify',
+  'indexed_slices',
   'kernels',
   'linalg',
   'mesh',
