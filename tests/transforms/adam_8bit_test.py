@@ -25,6 +25,7 @@ def _grads(shape, count):
   ]
 
 
+@jax.numpy_dtype_promotion('standard')  # As optax needs it.
 def _run(tx, grads):
   state, step = tx.init(grads[0]), jax.jit(tx.update)
   updates = []
@@ -114,7 +115,7 @@ class ScaleByAdam8bitTest(parameterized.TestCase):
 
   def test_floor(self):
     """Without it a small entry beside a large one is divided by eps."""
-    grads = [jnp.asarray([1.0, 1e-4])] * 10
+    grads = [jnp.asarray([1.0, 1e-4])] * 5 + [jnp.asarray([1.0, 0.0])]
     largest = []
     for floor in (True, False):
       tx = transforms.scale_by_adam_8bit(
@@ -283,7 +284,11 @@ class QuantizeStateTest(parameterized.TestCase):
       checkpointer.save(path, state)
       checkpointer.wait_until_finished()
       again = checkpointer.restore(path, make().init(grad))
-      jax.tree.map(np.testing.assert_array_equal, again, state)
-      for options in ({'map': 'linear'}, {'block_size': 32}):
-        with self.assertRaises(ValueError):
-          checkpointer.restore(path, make(**options).init(grad))
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    # A checkpoint is found by names and shapes.
+    stored = lambda state: {
+      jax.tree_util.keystr(path): leaf.shape
+      for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    for options in ({'map': 'linear'}, {'block_size': 32}):
+      self.assertNotEqual(stored(make(**options).init(grad)), stored(state))

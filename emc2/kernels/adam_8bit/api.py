@@ -70,7 +70,7 @@ def step(
     ),
     'pallas_tpu': lowering.Kernel(
       'tpu',
-      functools.partial(_in_rows, pallas_tpu.step, settings),
+      functools.partial(pallas_tpu.step, settings=settings),
       reason or pallas_tpu.unsupported(wide, coded, settings),
     ),
   }

@@ -1,10 +1,12 @@
 """A step over a leaf on a TPU: each array is read once and written once.
 
-A row of lanes holds the scales of 128 blocks, whose entries stand in rows of
-their own; a comparison of two counters turns the one into the other.
+The kernel takes a leaf as it lies, for to split its rows into blocks would copy
+it. Scales come with rows along lanes; a comparison of two counters turns a row
+of lanes into the column that 128 rows of a block need, and back.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,85 +18,96 @@ from emc2.compression import blockwise
 from emc2.kernels.adam_8bit import reference
 
 _LANES, _SUBLANES = 128, 8
-# Blocks of a program: eight rows of scales. Wider ones do not fit beside.
-_BLOCKS = _SUBLANES * _LANES
-_MOST_WIDTH = 512
+_MOST_WIDTH = 512  # More would not fit beside.
 
 
 def unsupported(grad, coded, settings):
   """Why the kernel does not take a leaf, or None."""
-  *lead, width = coded.mu.shape
-  num_blocks = 1
-  for n in lead:
-    num_blocks *= n
+  width = coded.mu.shape[-1]
   if any(x.dtype != jnp.float32 for x in (grad, coded.mu_scale)):
     return 'want float32 throughout.'
   if width % _LANES or width > _MOST_WIDTH:
     return f'want a block size of 128, 256, 384 or 512, got {width}.'
-  if num_blocks % _LANES or grad.size != num_blocks * width:
+  rows = math.prod(grad.shape[:-1])
+  if grad.ndim < 2 or grad.shape[-1] % width or rows % _LANES:
     return (
-      'want a multiple of 128 whole blocks, got '
-      f'{grad.size} entries in blocks of {width}.'
+      'want a multiple of 128 rows of whole blocks, got shape '
+      f'{grad.shape} in blocks of {width}.'
     )
   if any(book.kind == 'table' for book in (settings.mu, settings.nu)):
     return 'want dynamic or linear codes, got a table.'
   return None
 
 
-def _kernel(scalars_ref, grad_ref, *refs, settings):
+def _kernel(scalars_ref, grad_ref, *refs, settings, width):
+  """Some blocks of 128 rows."""
   mu_ref, mu_scale_ref, nu_ref, nu_scale_ref, update_ref, *out_refs = refs
   k = reference.Scalars(
     *(scalars_ref[i] for i in range(len(reference.Scalars._fields)))
   )
-  square = (_LANES, _LANES)
-  same = jax.lax.broadcasted_iota(
-    jnp.int32, square, 0
-  ) == jax.lax.broadcasted_iota(jnp.int32, square, 1)
-  column = lambda row: jnp.sum(jnp.where(same, row, 0.0), axis=1, keepdims=True)
-  row = lambda column: jnp.sum(
-    jnp.where(same, column, 0.0), axis=0, keepdims=True
+  count = functools.partial(
+    jax.lax.broadcasted_iota, jnp.int32, (_LANES, _LANES)
   )
-
-  @pl.loop(0, _SUBLANES)
-  def _(i):
-    own, line = pl.ds(i * _LANES, _LANES), pl.ds(i, 1)
-    decode = lambda codes, scale, book: (
-      book.decode(codes[own, :].astype(jnp.int32)) * column(scale[line, :])
+  same = count(0) == count(1)
+  along = lambda axis, x: jnp.sum(
+    jnp.where(same, x, 0.0), axis=axis, keepdims=True
+  )
+  books = (settings.mu, settings.keep_sign), (settings.nu, settings.floor)
+  for i in range(mu_scale_ref.shape[0]):
+    own, line = pl.ds(i * width, width), pl.ds(i, 1)
+    decode = lambda codes_ref, scale_ref, book, own=own, line=line: (
+      book.decode(codes_ref[:, own].astype(jnp.int32))
+      * along(1, scale_ref[line, :])
     )
-    grad = grad_ref[own, :]
     mu, nu = reference.move(
-      grad,
+      grad_ref[:, own],
       decode(mu_ref, mu_scale_ref, settings.mu),
       decode(nu_ref, nu_scale_ref, settings.nu),
       k,
     )
-    update_ref[own, :] = reference.direction(mu, nu, k)
-    books = (settings.mu, settings.keep_sign), (settings.nu, settings.floor)
+    update_ref[:, own] = reference.direction(mu, nu, k)
     for x, (book, keep), codes_ref, scale_ref in zip(
       (mu, nu), books, out_refs[::2], out_refs[1::2], strict=True
     ):
       scale = jnp.max(jnp.abs(x), axis=1, keepdims=True)
-      scale_ref[line, :] = row(scale)
+      scale_ref[line, :] = along(0, scale)
       y = x * blockwise.inverse_scale(scale)
-      codes_ref[own, :] = book.encode(y, keep_sign=keep)
+      codes_ref[:, own] = book.encode(y, keep_sign=keep)
 
 
 def step(grad, coded, k, settings, *, interpret=False):
-  """As :func:`reference.step`, of (n,) and rows, if not :func:`unsupported`."""
-  num_blocks, width = coded.mu.shape
+  """One step on a leaf that is not :func:`unsupported`.
+
+  Args:
+    grad: (..., n), float32.
+    coded: Blocks (..., n / B, B) and scales (..., n / B).
+    k: Of this update.
+    settings: Static.
+    interpret: Static; whether to emulate the kernel.
+
+  Returns:
+    The update, of the shape of `grad`, and the moments in codes.
+  """
+  shape, width = grad.shape, coded.mu.shape[-1]
+  columns = shape[-1]
   scalars, grad, *leaves = mesh.vary_alike(jnp.stack(k), grad, *coded)
-  lanes = (num_blocks // _LANES, _LANES)
-  leaves = [x.reshape(lanes) if x.ndim == 1 else x for x in leaves]
-  wide = pl.BlockSpec((_BLOCKS, width), lambda i: (i, 0))
-  scales = pl.BlockSpec((_SUBLANES, _LANES), lambda i: (i, 0))
+  num_blocks = columns // width
+  lie = lambda x: (
+    x.reshape(-1, columns)
+    if x.dtype == jnp.uint8
+    else x.reshape(-1, num_blocks).T
+  )
+  given = [grad.reshape(-1, columns), *map(lie, leaves)]
+  held = min(_SUBLANES, num_blocks)
+  wide = pl.BlockSpec((_LANES, held * width), lambda i, j: (i, j))
+  scales = pl.BlockSpec((held, _LANES), lambda i, j: (j, i))
   like = lambda x: jax.ShapeDtypeStruct(
     x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type
   )
   specs = [wide, wide, scales, wide, scales]
-  given = [grad.reshape(num_blocks, width), *leaves]
   update, *after = pl.pallas_call(
-    functools.partial(_kernel, settings=settings),
-    grid=(pl.cdiv(num_blocks, _BLOCKS),),
+    functools.partial(_kernel, settings=settings, width=width),
+    grid=(given[0].shape[0] // _LANES, pl.cdiv(num_blocks, held)),
     in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *specs],
     out_specs=specs,
     out_shape=[like(x) for x in given],
@@ -102,6 +115,6 @@ def step(grad, coded, k, settings, *, interpret=False):
     interpret=interpret,
     name='adam_8bit',
   )(scalars, *given)
-  mu, mu_scale, nu, nu_scale = after
-  flat = lambda x: x.reshape(-1)
-  return flat(update), reference.Coded(mu, flat(mu_scale), nu, flat(nu_scale))
+  back = lambda x, old: (x if x.dtype == jnp.uint8 else x.T).reshape(old.shape)
+  after = jax.tree.map(back, after, leaves)
+  return update.reshape(shape), reference.Coded(*after)
