@@ -120,6 +120,7 @@ def _repeat(step, grad, memory, *rest):
   def call():
     nonlocal carry
     carry = jax.block_until_ready(run(*carry, key))
+    return carry
 
   return call
 
