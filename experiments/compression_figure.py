@@ -188,9 +188,12 @@ def _finish(axis):
 
   axis.grid(alpha=0.3)
   axis.spines[['top', 'right']].set_visible(False)
-  side = axis.yaxis
-  low, high = side.get_view_interval()
-  if high < 30 * low:  # Then decades alone would say too little.
-    side.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
-    side.set_major_formatter(ticker.FormatStrFormatter('%g'))
-  side.set_minor_formatter(ticker.NullFormatter())
+  for side in (axis.xaxis, axis.yaxis):
+    if side.get_scale() != 'log':
+      continue
+    low, high = side.get_view_interval()
+    if high < 100 * low:  # Then decades alone would say too little.
+      steps = (1.0, 2.0, 5.0) if high > 3 * low else np.arange(1.0, 10.0)
+      side.set_major_locator(ticker.LogLocator(subs=steps))
+      side.set_major_formatter(ticker.FormatStrFormatter('%g'))
+    side.set_minor_formatter(ticker.NullFormatter())
