@@ -274,8 +274,8 @@ def compressed_mean_specs(
 
   Examples:
     >>> specs = compressed_mean_specs({'w': jax.P('fsdp', None), 'b': jax.P()})
-    >>> specs.memories
-    {'b': P(('data',),), 'w': P(('data', 'fsdp'),)}
+    >>> specs.memories['w'] == jax.P(('data', 'fsdp'))
+    True
   """
   if params_specs is None:
     params_specs = jax.P()
@@ -318,7 +318,8 @@ def sent_bits(state: CompressedMeanState, *, start_step: int = 0) -> int:
     start_step: As in :func:`compressed_mean`.
 
   Returns:
-    Bits, an exact integer.
+    Bits, an exact integer; for :func:`emc2.compression.low_rank.alternating`
+    twice what travels.
   """
   plain, coded = (int(n) for n in np.asarray(state.words))
   count, skipped = int(state.count), int(state.skipped)
