@@ -1,5 +1,7 @@
 """The largest entries: exact whatever the array holds, on every path."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,7 @@ KINDS = (
 
 
 _run = jax.jit(top_k, static_argnames=('k', 'implementation'))
+_run_at_once = jax.jit(threshold.top_k, static_argnames=('k', 'at_once'))
 
 
 def _check(test, x, k, implementation='auto'):
@@ -68,7 +71,14 @@ class TopKTest(parameterized.TestCase):
     for k in (1, 1700):
       _check(self, x, k, implementation=implementation)
 
-  @parameterized.parameters(299, 301, D)
+  @parameterized.parameters('normal', 'few', 'ties', 'one magnitude')
+  def test_lists_made_at_once(self, kind):
+    x = _array(kind)
+    values, indices = map(np.asarray, _run_at_once(x, k=1700, at_once=True))
+    np.testing.assert_array_equal(np.sort(indices), _oracle(x, 1700))
+    np.testing.assert_array_equal(values, x[indices])
+
+  @parameterized.parameters(301, D)
   def test_any_count(self, k):
     _check(self, _array('few'), k, implementation='threshold')
 
@@ -126,12 +136,14 @@ class TopKTest(parameterized.TestCase):
     for part, own in zip(np.split(x, 2), np.split(indices, 2), strict=True):
       np.testing.assert_array_equal(np.sort(own), _oracle(part, 50))
 
-  def test_a_cpu_sorts_nothing(self):
+  @parameterized.parameters('cpu', 'tpu', 'cuda')
+  def test_no_platform_sorts_the_array(self, platform):
     spec = jax.ShapeDtypeStruct((D,), jnp.float32)
-    text = lowering.lower_for(
-      lambda x: top_k(x, 50), spec, platform='cpu'
-    ).as_text()
-    self.assertNotIn(f'top_k(%{D}', text)
+    for implementation, sorts in (('auto', False), ('xla', True)):
+      run = lambda x, how=implementation: top_k(x, 50, implementation=how)
+      text = lowering.lower_for(run, spec, platform=platform).as_text()
+      found = re.search(rf'chlo\.top_k.*tensor<{D}x', text) is not None
+      self.assertEqual(found, sorts)
 
   @parameterized.parameters(0, -1, D + 1)
   def test_rejects_a_count_out_of_range(self, k):

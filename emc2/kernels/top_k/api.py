@@ -9,6 +9,12 @@ import jax.numpy as jnp
 from emc2.kernels import lowering
 from emc2.kernels.top_k import reference, threshold
 
+_THRESHOLD = {
+  'threshold': 'cpu',
+  'threshold_tpu': 'tpu',
+  'threshold_gpu': 'cuda',
+}
+
 
 class TopK(NamedTuple):
   """What :func:`top_k` returns."""
@@ -19,11 +25,14 @@ class TopK(NamedTuple):
 
 def _dispatch(implementation, k, x):
   """Runs the chosen implementation."""
-  fixed = lambda module: lambda x: TopK(*module.top_k(x, k))
+  fixed = lambda module, **how: lambda x: TopK(*module.top_k(x, k, **how))
   kernels = {
-    'threshold': lowering.Kernel(
-      'cpu', fixed(threshold), threshold.unsupported(x)
-    ),
+    name: lowering.Kernel(
+      platform,
+      fixed(threshold, at_once=platform != 'cpu'),
+      threshold.unsupported(x),
+    )
+    for name, platform in _THRESHOLD.items()
   }
   return lowering.dispatch(implementation, fixed(reference), kernels, x)
 
@@ -72,8 +81,9 @@ def top_k(
   Args:
     x: (d,), float32 or float64.
     k: 1 to d; static.
-    implementation: Static; 'auto' takes 'threshold', which sorts nothing, on a
-      CPU for arrays that it takes, and 'xla' elsewhere.
+    implementation: Static; 'auto' takes 'threshold' on a CPU, 'threshold_tpu'
+      or 'threshold_gpu', which do not sort the array, where it is large enough,
+      and else 'xla', which does.
 
   Returns:
     The entries and where they stand, in any order.

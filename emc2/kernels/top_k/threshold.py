@@ -1,4 +1,4 @@
-"""The largest entries by magnitude on a CPU, without a sort.
+"""The largest entries by magnitude, without a sort of the array.
 
 A threshold that more than k entries reach comes from a sample. One pass over
 the array marks the entries that reach it, one bit each; the bits say where the
@@ -7,7 +7,12 @@ If the sample misled, or there are too many ties for a short list, the threshold
 is moved by bisection over the array until the list fits: whatever the array
 holds, the entries are exact.
 
-Magnitudes are compared as integers, the bits of floats without the sign.
+Magnitudes are compared as integers, the bits of floats without the sign. A
+threshold is a magnitude and an index: it is reached by what is larger, and by
+what is as large and stands before the index.
+
+Bits become a list in one of two forms: a CPU walks over them, and accelerators
+ask for each place of the list which word it falls into.
 """
 
 from typing import NamedTuple
@@ -257,8 +262,58 @@ def _put(out, at, value):
   )
 
 
+def _list_at_once(words, x, room):
+  """As :func:`_list`, by a search for each place of the list."""
+  n = x.size // WORD
+  counts = jax.lax.population_count(words).astype(jnp.int32)
+  ends = jnp.cumsum(counts, dtype=jnp.int32)
+  place = jnp.arange(room, dtype=jnp.int32)
+  at = jnp.searchsorted(ends, place, side='right', method='scan_unrolled')
+  at = jnp.minimum(at.astype(jnp.int32), words.size - 1)
+  take = lambda z: z.at[at].get(mode='promise_in_bounds')
+  word, rank = take(words), place - take(ends - counts)
+  # The bit of that rank in its word, half of what is left at a time.
+  bit = jnp.zeros_like(rank)
+  for width in (16, 8, 4, 2, 1):
+    part = (word >> bit.astype(jnp.uint32)) & jnp.uint32((1 << width) - 1)
+    low = jax.lax.population_count(part).astype(jnp.int32)
+    above = rank >= low
+    rank, bit = (
+      jnp.where(above, rank - low, rank),
+      jnp.where(above, bit + width, bit),
+    )
+  indices = jnp.where(at < n, at + bit * n, n * WORD + bit)
+  # Beyond the last bit there is nothing to be found, but there is a place.
+  indices = jnp.minimum(indices, x.size - 1)
+  return x.at[indices].get(mode='promise_in_bounds'), indices
+
+
+def _take(kept, k, *lists):
+  """The k entries of lists that are kept."""
+
+  def take(state):
+    i, number, *outs = state
+    outs = [_put(o, number, z[i]) for o, z in zip(outs, lists, strict=True)]
+    return i + 1, number + kept[i].astype(jnp.int32), *outs
+
+  # What is not kept is written over, or in the spare place.
+  outs = [jnp.zeros((k + 1,), z.dtype) for z in lists]
+  start = jnp.int32(0), jnp.int32(0), *outs
+  _, _, *outs = _loop(lambda s: s[0] < kept.size, take, start, kept)
+  return tuple(out[:k] for out in outs)
+
+
+def _take_at_once(kept, k, *lists):
+  """As :func:`_take`, by a sum of what is kept before each entry."""
+  place = jnp.cumsum(kept, dtype=jnp.int32) - 1
+  place = jnp.where(kept, place, k)
+  return tuple(
+    jnp.zeros((k,), z.dtype).at[place].set(z, mode='drop') for z in lists
+  )
+
+
 def _choose(values, indices, number, k, size):
-  """The k largest of the first `number` of the list."""
+  """Which of the first `number` of the list are the k largest."""
   keys = magnitudes(values)
   # Those beyond are below all others.
   listed = jnp.arange(keys.size, dtype=jnp.int32) < number
@@ -270,23 +325,25 @@ def _choose(values, indices, number, k, size):
 
   least = jnp.min(jnp.where(listed, keys, jnp.max(keys)))
   kept, _ = _search(mark, k, k, least, size, keys)
-
-  def take(state):
-    i, number, out_values, out_indices = state
-    out_values = _put(out_values, number, values[i])
-    out_indices = _put(out_indices, number, indices[i])
-    return i + 1, number + kept[i].astype(jnp.int32), out_values, out_indices
-
-  blank = lambda dtype: jnp.zeros((k + 1,), dtype)
-  zero = jnp.int32(0)
-  start = zero, zero, blank(values.dtype), blank(jnp.int32)
-  *_, values, indices = _loop(lambda s: s[0] < keys.size, take, start, keys)
-  return values[:k], indices[:k]
+  return kept
 
 
-def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """As :func:`reference.top_k`, in another order."""
+def top_k(
+  x: jax.Array, k: int, *, at_once: bool = False
+) -> tuple[jax.Array, jax.Array]:
+  """As :func:`reference.top_k`, in another order.
+
+  Args:
+    x: (d,), float32 or float64.
+    k: 1 to d; static.
+    at_once: Which form makes the lists; static.
+
+  Returns:
+    Values (k,) and indices (k,), int32.
+  """
   _, room = capacity(x.size, k)
+  make, take = (_list_at_once, _take_at_once) if at_once else (_list, _take)
   words, number = _mark(x, k, room)
-  values, indices = _list(words, x, room)
-  return _choose(values, indices, number, k, x.size)
+  values, indices = make(words, x, room)
+  kept = _choose(values, indices, number, k, x.size)
+  return take(kept, k, values, indices)
