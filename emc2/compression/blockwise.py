@@ -585,4 +585,6 @@ def zeros_like(
   wide = np.promote_types(x.dtype, np.float32)
   zeros = to_blocks(jnp.zeros_like(x, dtype=wide), block_size)
   codes = jnp.full_like(zeros, codebook.zero, dtype=jnp.uint8)
-  return _keep(x, codes, scale_of(zeros), codebook)
+  # A maximum of so many constants would take long to compile.
+  scale = jax.lax.index_in_dim(zeros, 0, axis=-1, keepdims=False)
+  return _keep(x, codes, scale, codebook)

@@ -45,9 +45,14 @@ def step(
   Returns:
     As the reference, the update (n,).
   """
-  size, (num_blocks, width) = grad.size, coded.mu.shape
+  num_blocks, width = coded.mu.shape
+  # In rows, for a loop over what is cut otherwise than it is used is slow.
+  size = grad.size
+  if size < num_blocks * width:
+    grad = jnp.pad(grad, (0, num_blocks * width - size))
+  grad = grad.reshape(num_blocks, width)
   rows = max(1, _PART // width)
-  num_parts = size // (rows * width)
+  num_parts = num_blocks // rows
 
   def cut(x, start):
     starts = (start, jnp.zeros_like(start))[: x.ndim]
@@ -61,19 +66,15 @@ def step(
       x, part, starts, allow_negative_indices=False
     )
 
-  def advance(flat, coded, start):
-    part = jax.lax.dynamic_slice(
-      flat, (start * width,), (rows * width,), allow_negative_indices=False
-    )
+  def advance(grad, coded, start):
     now = jax.tree.map(lambda x: cut(x, start), coded)
-    return reference.advance(part.reshape(rows, width), now, k, settings)
+    return reference.advance(cut(grad, start), now, k, settings)
 
   def body(_, carry):
     start, ahead, flat, coded, mu, nu = carry
     fresh = reference.encode(mu, nu, (_scale_of(mu), _scale_of(nu)), settings)
     coded = jax.tree.map(lambda x, part: put(x, part, start), coded, fresh)
-    update = reference.direction(mu, nu, k).reshape(-1)
-    flat = put(flat, update, start * width)
+    flat = put(flat, reference.direction(mu, nu, k), start)
     mu, nu = advance(flat, coded, ahead)
     last = jnp.asarray((num_parts - 1) * rows, ahead.dtype)
     return ahead, jnp.minimum(ahead + rows, last), flat, coded, mu, nu
@@ -84,19 +85,14 @@ def step(
   _, _, update, after, _, _ = jax.lax.fori_loop(0, num_parts, body, carry)
 
   done = num_parts * rows
-  if done == num_blocks:
-    return update, after
-  # What is left, less than a part, is no reason for a leaf to be refused.
-  rest = jnp.pad(grad[done * width :], (0, num_blocks * width - size))
-  left, kept = reference.step(
-    rest.reshape(-1, width),
-    jax.tree.map(lambda x: x[done:], coded),
-    k,
-    settings,
-  )
-  start = jnp.asarray(done, jnp.uint32)
-  update = put(update, left.reshape(-1)[: size - done * width], start * width)
-  return update, jax.tree.map(lambda x, y: put(x, y, start), after, kept)
+  if done < num_blocks:
+    # Less than a part is left, which is no reason to refuse a leaf.
+    rest = jax.tree.map(lambda x: x[done:], coded)
+    left, kept = reference.step(grad[done:], rest, k, settings)
+    start = jnp.asarray(done, jnp.uint32)
+    update = put(update, left, start)
+    after = jax.tree.map(lambda x, y: put(x, y, start), after, kept)
+  return update.reshape(-1)[:size], after
 
 
 def _scale_of(x):
