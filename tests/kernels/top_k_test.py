@@ -136,8 +136,8 @@ class TopKTest(parameterized.TestCase):
     for part, own in zip(np.split(x, 2), np.split(indices, 2), strict=True):
       np.testing.assert_array_equal(np.sort(own), _oracle(part, 50))
 
-  @parameterized.parameters('cpu', 'tpu', 'cuda')
-  def test_no_platform_sorts_the_array(self, platform):
+  @parameterized.parameters('cpu', 'cuda')
+  def test_does_not_sort_the_array(self, platform):
     spec = jax.ShapeDtypeStruct((D,), jnp.float32)
     for implementation, sorts in (('auto', False), ('xla', True)):
       run = lambda x, how=implementation: top_k(x, 50, implementation=how)

@@ -9,11 +9,8 @@ import jax.numpy as jnp
 from emc2.kernels import lowering
 from emc2.kernels.top_k import reference, threshold
 
-_THRESHOLD = {
-  'threshold': 'cpu',
-  'threshold_tpu': 'tpu',
-  'threshold_gpu': 'cuda',
-}
+# Not for TPUs, where gathers of single entries are slow.
+_THRESHOLD = {'threshold': 'cpu', 'threshold_gpu': 'cuda'}
 
 
 class TopK(NamedTuple):
@@ -81,9 +78,9 @@ def top_k(
   Args:
     x: (d,), float32 or float64.
     k: 1 to d; static.
-    implementation: Static; 'auto' takes 'threshold' on a CPU, 'threshold_tpu'
-      or 'threshold_gpu', which do not sort the array, where it is large enough,
-      and else 'xla', which does.
+    implementation: Static; 'auto' takes 'threshold' on a CPU and
+      'threshold_gpu' on a GPU, which do not sort the array, where it is large
+      enough, and else 'xla', which does.
 
   Returns:
     The entries and where they stand, in any order.

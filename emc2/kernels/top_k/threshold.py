@@ -11,7 +11,7 @@ Magnitudes are compared as integers, the bits of floats without the sign. A
 threshold is a magnitude and an index: it is reached by what is larger, and by
 what is as large and stands before the index.
 
-Bits become a list in one of two forms: a CPU walks over them, and accelerators
+Bits become a list in one of two forms: a CPU walks over them, and GPUs
 ask for each place of the list which word it falls into.
 """
 
