@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from emc2 import compression
-from emc2.experiments.benchmarks import harness
+from emc2.experiments.benchmarks import compression_states, harness
 from emc2.kernels import count_sketch, top_k
 
 PACKAGES = ('jax', 'jaxlib', 'numpy')
@@ -267,6 +267,7 @@ def cases(smoke: bool) -> list[harness.Case]:
     *_select_cases(side),
     *_sketch_cases(side),
     harness.Case('wire', functools.partial(_wire, side=side)),
+    *compression_states.cases(smoke),
   ]
 
 
