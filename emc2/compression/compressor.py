@@ -51,6 +51,8 @@ class Compressor(NamedTuple):
       other is as good.
     reduce: `(states, xs, keys, axis_name) -> Reduced`, for a code that
       communicates between two phases; None for all others.
+    wire: `(shape, dtype) -> int`: bits of what `reduce` hands to collectives,
+      where that is not the payload; None where it is.
   """
 
   name: str
@@ -67,6 +69,7 @@ class Compressor(NamedTuple):
     None
   )
   reduce: Callable[..., 'Reduced'] | None = None
+  wire: Callable[[Sequence[int], Any], int] | None = None
 
 
 class Reduced(NamedTuple):
@@ -138,6 +141,8 @@ def wire_bits(
   It is `compressor.bits` with the padding to whole words.
   """
   shape = tuple(shape)
+  if compressor.wire is not None:
+    return compressor.wire(shape, dtype)
   key = jax.eval_shape(lambda: jax.random.key(0))
 
   def payload(x, key):

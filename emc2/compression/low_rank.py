@@ -54,6 +54,7 @@ def power_sgd(
   error: str = 'local',
   eps: float = 1e-8,
   method: str = 'qr',
+  at_most: bool = False,
 ) -> compressor.Compressor:
   r"""Sends two factors, found by one step of power iteration (PowerSGD).
 
@@ -82,7 +83,7 @@ def power_sgd(
     before it is used again, for no step would leave 0.
 
   Args:
-    rank: r, at least 1; min(n, m) where that is less. Static.
+    rank: r, in [1, min(n, m)]. Static.
     warm_start: Whether a step starts from the last Q; otherwise from a random
       one. Static.
     orthogonalize_first: Whether Q is made orthonormal before it is used. It
@@ -93,13 +94,16 @@ def power_sgd(
     eps: What 'gram_schmidt' adds to norms, at least 0.
     method: 'qr', by Householder reflections; or 'gram_schmidt', modified, in
       the order of columns. Static.
+    at_most: Whether a smaller matrix has the rank min(n, m), at which nothing
+      is lost and more is sent than without a code; otherwise it is refused.
 
   Returns:
     A code with 32 r (n + m) bits. What it keeps of the norm depends on the
     array: :math:`\|P^\top M\|^2 / \|M\|^2`, at least 0.
 
   Raises:
-    ValueError: If `rank` is below 1, `eps` below 0, or a name unknown.
+    ValueError: If `rank` is below 1, `eps` below 0, or a name unknown; by
+      `init`, if `rank` is greater than min(n, m).
 
   References:
     Vogels, Karimireddy and Jaggi, `PowerSGD: Practical Low-Rank Gradient
@@ -113,6 +117,7 @@ def power_sgd(
   orthonormal = functools.partial(_orthonormal, method=method, eps=eps)
 
   def begin(shape, dtype, key):
+    _check_fits(shape, rank, at_most)
     if not warm_start:
       return ()
     return _normal(key, matrix_shape(shape)[1], _rank(shape, rank), dtype)
@@ -157,7 +162,9 @@ def power_sgd(
   )
 
 
-def alternating(rank: int = 4, iterations: int = 1) -> compressor.Compressor:
+def alternating(
+  rank: int = 4, iterations: int = 1, *, at_most: bool = False
+) -> compressor.Compressor:
   r"""Sends one factor per product, of either side in turn.
 
   Product by product, from :math:`P` (n, r) and :math:`Q` (m, r) of the last
@@ -173,16 +180,17 @@ def alternating(rank: int = 4, iterations: int = 1) -> compressor.Compressor:
   the product of its own off its residual. What was sent is the sum of those.
 
   Args:
-    rank: r, at least 1; min(n, m) where that is less. Static.
+    rank: r, in [1, min(n, m)]. Static.
     iterations: How many products each call makes, at least 1. Static.
+    at_most: As in :func:`power_sgd`.
 
   Returns:
     A code with 16 `iterations` r (n + m) bits, the mean over calls if
-    `iterations` is odd. :func:`~emc2.compression.wire_bits` counts both factors
-    of each product, of which only the new one travels.
+    `iterations` is odd.
 
   Raises:
-    ValueError: If a number is below 1.
+    ValueError: If a number is below 1; by `init`, if `rank` is greater than
+      min(n, m).
 
   References:
     Vogels, Karimireddy and Jaggi, `PowerSGD
@@ -192,6 +200,7 @@ def alternating(rank: int = 4, iterations: int = 1) -> compressor.Compressor:
   arguments.check_at_least('iterations', iterations, 1)
 
   def begin(shape, dtype, key):
+    _check_fits(shape, rank, at_most)
     rows, columns = matrix_shape(shape)
     kept = _rank(shape, rank)
     of_left, of_right = jax.random.split(key)
@@ -264,14 +273,17 @@ def alternating(rank: int = 4, iterations: int = 1) -> compressor.Compressor:
     own, _, after = run([state], [x], [key], None)
     return own[0], after[0]
 
+  def num_sent(shape):
+    """Entries of both factors of each product; the new one travels."""
+    return iterations * _rank(shape, rank) * sum(matrix_shape(shape))
+
   return compressor.Compressor(
     name=f'alternating, rank {rank}',
     init=begin,
     compress=compress,
     decompress=add_up,
-    bits=lambda shape: (
-      16 * iterations * _rank(shape, rank) * sum(matrix_shape(shape))
-    ),
+    bits=lambda shape: 16 * num_sent(shape),
+    wire=lambda shape, dtype: 4 * jnp.dtype(dtype).itemsize * num_sent(shape),
     delta=lambda shape: 1.0 if rank >= min(matrix_shape(shape)) else 0.0,
     reduce=reduce,
   )
@@ -336,6 +348,16 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 def _rank(shape: Sequence[int], rank: int) -> int:
   return min(rank, *matrix_shape(shape))
+
+
+def _check_fits(shape: Sequence[int], rank: int, at_most: bool) -> None:
+  """Refuses a matrix that has fewer rows or columns than the rank."""
+  matrix = matrix_shape(shape)
+  if rank > min(matrix) and not at_most:
+    raise ValueError(
+      f'rank must be at most {min(matrix)} for the matrix {matrix} of shape '
+      f'{tuple(shape)}, got {rank}; at_most=True takes what it has.'
+    )
 
 
 def _check_rank(rank: int) -> None:

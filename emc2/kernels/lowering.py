@@ -62,6 +62,18 @@ def is_hopper() -> bool:
   return all(device.compute_capability == '9.0' for device in devices)
 
 
+def is_whole() -> bool:
+  """Whether an array is one to XLA, with nothing to split over devices.
+
+  So it is where there is one device, and in :func:`jax.shard_map` over all axes
+  of a mesh; elsewhere XLA would gather what a loop over parts of it reads.
+  """
+  if jax.device_count() == 1:
+    return True
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
 class Kernel(NamedTuple):
   """One implementation by name, for one platform."""
 

@@ -168,7 +168,7 @@ class PowerSgdTest(parameterized.TestCase):
   )
   def test_reads_arrays_as_matrices(self, shape, want):
     self.assertEqual(low_rank.matrix_shape(shape), want)
-    code = low_rank.power_sgd(100)
+    code = low_rank.power_sgd(100, at_most=True)
     x = jax.random.normal(jax.random.key(0), shape)
     state = code.init(shape, jnp.float32, jax.random.key(0))
     got, _ = _alone(code)(state, x, jax.random.key(1))
@@ -220,6 +220,14 @@ class PowerSgdTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       low_rank.power_sgd(**options)
 
+  @parameterized.parameters(low_rank.power_sgd, low_rank.alternating)
+  def test_refuses_a_rank_above_that_of_a_matrix(self, make):
+    key = jax.random.key(0)
+    make(5).init((5, 6), jnp.float32, key)
+    make(6, at_most=True).init((5, 6), jnp.float32, key)
+    with self.assertRaisesRegex(ValueError, r'rank must be at most 5 .* got 6'):
+      make(6).init((5, 6), jnp.float32, key)
+
 
 class AlternatingTest(parameterized.TestCase):
   @parameterized.parameters(1, 2, 3)
@@ -257,7 +265,11 @@ class AlternatingTest(parameterized.TestCase):
       code.decompress(after, payload, x), got, atol=1e-6
     )
     self.assertEqual(code.bits((N, M)), 32 * 2 * (N + M))
-    self.assertEqual(low_rank.alternating(2).bits((N, M)), 32 * (N + M))
+    for iterations in (1, 2):
+      code = low_rank.alternating(2, iterations)
+      want = 32 * iterations * (N + M)
+      self.assertEqual(code.bits((N, M)), want)
+      self.assertEqual(compression.wire_bits(code, (N, M)), want)
 
   def test_refuses(self):
     with self.assertRaisesRegex(ValueError, 'iterations must be at least 1'):

@@ -74,7 +74,7 @@ def step(
       reason or pallas_tpu.unsupported(wide, coded, settings),
     ),
   }
-  if implementation == 'auto' and (key is not None or not _is_whole()):
+  if implementation == 'auto' and (key is not None or not lowering.is_whole()):
     implementation = 'xla'
 
   def plain(grad, coded, k):
@@ -105,11 +105,3 @@ def _in_rows(run, settings, grad, coded, k):
   update, after = run(grad.reshape(-1), flat, k, settings)
   after = jax.tree.map(lambda x, y: x.reshape(y.shape), after, coded)
   return update.reshape(grad.shape), after
-
-
-def _is_whole():
-  """Whether XLA has nothing to split; it would gather what it did."""
-  if jax.device_count() == 1:
-    return True
-  mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)

@@ -80,7 +80,7 @@ def exchange(
       'tpu', fixed(pallas_tpu), pallas_tpu.unsupported(moments, grad)
     ),
   }
-  if implementation == 'auto' and not _is_whole():
+  if implementation == 'auto' and not lowering.is_whole():
     implementation = 'xla'
   after, kept, products = lowering.dispatch(
     implementation,
@@ -119,11 +119,3 @@ def _widen(grad, k):
   """The scalars, and a cast of arrays, in the dtype that a leaf computes in."""
   dtype = np.promote_types(grad.dtype, np.float32)
   return k.astype(dtype), lambda x: x.astype(dtype)
-
-
-def _is_whole():
-  """Whether XLA has nothing to split; it would gather what it did."""
-  if jax.device_count() == 1:
-    return True
-  mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
