@@ -43,11 +43,11 @@ losses at the end (means of two seeds):
   power_sgd       sketched      3.275      3.595    64.3     91.6
 
 Biased codes are repaired by a memory of what they lose, in 8-bit blocks as well
-as in 32 bits: PowerSGD of rank 1 comes to the loss without a code with a
-13th of the bits. Sketched to a fifth, the memory repairs a part. Unbiased codes need
-smaller learning rates, which is what they lose by here; a random or a cyclic
-tenth of the entries is too little for so few steps. On text, where Adam comes
-behind the code, memory or not, 150 steps are too few to catch up.
+as in 32 bits: PowerSGD of rank 1 comes to the loss without a code with a 13th
+of the bits. Sketched to a fifth, the memory repairs a part. Unbiased codes need
+smaller learning rates, by which they lose here; a random or a cyclic tenth of
+the entries is too little for so few steps. On text, where Adam comes after the
+code, all codes are still behind after 150 steps.
 
 `figure.png` shows how good each run got against the bits that it sent and
 against the bytes of its memory, and how it came there; bands are the range of
