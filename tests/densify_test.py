@@ -115,6 +115,7 @@ class AccumulateTest(parameterized.TestCase):
     else:
       self.assertFalse(indexed_slices.is_slices(got))
 
+  @pytest.mark.slow
   def test_float32(self):
     grads = [_slices(500, (6, 3)), jnp.ones((6, 3))]
     want = sum(map(_dense, grads))

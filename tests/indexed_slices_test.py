@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import indexed_slices
@@ -39,6 +40,7 @@ class IndexedSlicesTest(parameterized.TestCase):
     got = indexed_slices.to_dense(moved)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
+  @pytest.mark.slow
   def test_float64(self):
     with jax.enable_x64(True):
       values, indices = _draw(200, (20, 3), dtype=np.float64)
@@ -109,6 +111,7 @@ class IndexedSlicesTest(parameterized.TestCase):
     got = indexed_slices.to_dense(indexed_slices.dedup(slices, 3))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
+  @pytest.mark.slow
   def test_the_filler_takes_no_place(self):
     indices = np.array([7, 7, 5, -3])
     slices = indexed_slices.make(np.ones((4, 3), np.float32), indices, (7, 3))
@@ -119,6 +122,7 @@ class IndexedSlicesTest(parameterized.TestCase):
     np.testing.assert_array_equal(filled.indices, [5, 7, 7, 7])
     np.testing.assert_array_equal(filled.values[1:], 0)
 
+  @pytest.mark.slow
   def test_sums_of_16_bits_are_wide(self):
     """In bfloat16, 256 + 1 is 256."""
     slices = indexed_slices.make(

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2.compression import blockwise
@@ -126,6 +127,7 @@ class CodebookTest(parameterized.TestCase):
     (blockwise.SIGNED, 0.00703126, [0.062, 0.110, 0.180, 0.276, 0.466, 0.711]),
     (blockwise.UNSIGNED, 0.003516, [0.033, 0.062, 0.110, 0.180, 0.276, 0.466]),
   )
+  @pytest.mark.slow
   def test_error_bounds(self, book, most, by_decade):
     y = np.geomspace(1e-6, 1, 40_001).astype(np.float32)
     error = np.abs(book.decode(book.encode(jnp.asarray(y))) - y)
@@ -236,6 +238,7 @@ class QuantizeTest(parameterized.TestCase):
     np.testing.assert_array_equal(_round(x, blockwise.UNSIGNED, 1), x)
 
   @parameterized.parameters(blockwise.UNSIGNED, SYMMETRIC, LINEAR)
+  @pytest.mark.slow
   def test_stochastic_rounding_has_no_bias(self, book):
     x = jnp.asarray([1.0, 0.5, 0.1, 0.01234, 3e-5, -0.999 * book.signed])
     run = lambda key: blockwise.dequantize(

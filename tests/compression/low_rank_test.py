@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import compression
@@ -231,6 +232,7 @@ class PowerSgdTest(parameterized.TestCase):
 
 class AlternatingTest(parameterized.TestCase):
   @parameterized.parameters(1, 2, 3)
+  @pytest.mark.slow
   def test_matches_numpy(self, iterations):
     _float64(self)
     code = low_rank.alternating(R, iterations)

@@ -6,6 +6,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import compression
@@ -93,6 +94,7 @@ class IdentitiesTest(parameterized.TestCase):
     got, _ = _run(code, memory, gradients, jax.random.key(0))
     np.testing.assert_allclose(got, want, atol=1e-12)
 
+  @pytest.mark.slow
   def test_first_level_loses_what_the_second_keeps(self):
     first, code, gradients = sparse.top_k(6), sparse.top_k(4), _gradients()
     run = functools.partial(_run, code, key=jax.random.key(0))
@@ -199,6 +201,7 @@ class StabilityTest(parameterized.TestCase):
       begin(jax.random.key(0))
     jax.jit(begin)(jax.random.key(0))
 
+  @pytest.mark.slow
   def test_sketching_again_diverges(self):
     """Section 5.5: increments converge where sketches of queries blow up."""
     size, workers, steps = 1000, 4, 400

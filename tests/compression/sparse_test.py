@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2.compression import sparse
@@ -71,6 +72,7 @@ class TopKTest(parameterized.TestCase):
 
 class RandomKTest(parameterized.TestCase):
   @parameterized.parameters((3, 7), (4, 9))
+  @pytest.mark.slow
   def test_every_set_as_often(self, k, size):
     num = 20_000
     kept = _sets(sparse.random_k(k), size, num)
@@ -115,6 +117,7 @@ class RandomKTest(parameterized.TestCase):
     counts = np.bincount(found // (size // 10 + 1), minlength=10)
     self.assertLess(np.max(np.abs(counts - 1000)), 120)
 
+  @pytest.mark.slow
   def test_own_draws_differ_and_shared_do_not(self):
     x = jnp.arange(1.0, 101)
     keys = jax.random.split(jax.random.key(0))

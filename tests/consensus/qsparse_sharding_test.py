@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
@@ -43,6 +44,7 @@ class DevicesTest(parameterized.TestCase):
     self.assertEqual(state.memory.sharding.spec, P('data'))
     self.assertTrue(state.params.is_fully_replicated)
 
+  @pytest.mark.slow
   def test_two_processes(self):
     path = pathlib.Path(self.create_tempdir().full_path) / 'params.npy'
     processes.run('tests.consensus.trains_qsparse', 2, str(path))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import algorithm
@@ -253,6 +254,7 @@ class IdentityTest(parameterized.TestCase):
     self.assertEqual(errors[0], 1.0)
     self.assertLess(errors[1], 0.5)
 
+  @pytest.mark.slow
   def test_rate_of_strongly_convex(self):
     """1 / T, by the specification's own setting and numbers."""
     seeds, num_steps, a = 8, 10_000, 128

@@ -60,6 +60,7 @@ class QsparseTest(parameterized.TestCase):
     self.assertEqual(results, stored)
     self.assertGreater((self.folder / 'run/figure.png').stat().st_size, 50_000)
 
+  @pytest.mark.slow
   def test_master_is_the_mean_of_gradients(self):
     """One step of vanilla, from the rows that its key draws."""
     self._run(even='vanilla', num_steps=1, check_every=1, num_seeds=1)

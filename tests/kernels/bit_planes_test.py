@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from emc2.kernels import bit_planes
@@ -42,6 +43,7 @@ class BitPlanesTest(parameterized.TestCase):
     back = bit_planes.unpack(words, 100)
     np.testing.assert_array_equal(back, _codes(100, 8) % 8)
 
+  @pytest.mark.slow
   def test_under_vmap(self):
     codes = np.stack([_codes(70, 4), _codes(70, 3)])
     words = jax.vmap(lambda c: bit_planes.pack(c, 4))(codes)

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from emc2.kernels import lowering
@@ -72,6 +73,7 @@ class TopKTest(parameterized.TestCase):
       _check(self, x, k, implementation=implementation)
 
   @parameterized.parameters('normal', 'few', 'ties', 'one magnitude')
+  @pytest.mark.slow
   def test_lists_made_at_once(self, kind):
     x = _array(kind)
     values, indices = map(np.asarray, _run_at_once(x, k=1700, at_once=True))
@@ -79,6 +81,7 @@ class TopKTest(parameterized.TestCase):
     np.testing.assert_array_equal(values, x[indices])
 
   @parameterized.parameters(301, D)
+  @pytest.mark.slow
   def test_any_count(self, k):
     _check(self, _array('few'), k, implementation='threshold')
 
@@ -109,6 +112,7 @@ class TopKTest(parameterized.TestCase):
       indices = top_k(x, 2, implementation=implementation).indices
       self.assertCountEqual(indices.tolist(), [5, 77])
 
+  @pytest.mark.slow
   def test_under_vmap(self):
     x = np.stack([_array('normal'), _array('ties'), _array('zeros')])
     mapped = jax.jit(jax.vmap(lambda x: top_k(x, 50)))(x)
@@ -116,6 +120,7 @@ class TopKTest(parameterized.TestCase):
       np.testing.assert_array_equal(np.sort(indices), _oracle(row, 50))
 
   @parameterized.parameters(100, D)
+  @pytest.mark.slow
   def test_gradient_reaches_what_was_found(self, size):
     x = _array('normal', max(size, 300))[:size]
     loss = lambda x: jnp.sum(jnp.square(top_k(x, 5).values))
@@ -123,6 +128,7 @@ class TopKTest(parameterized.TestCase):
     expected[_oracle(x, 5)] = 2 * x[_oracle(x, 5)]
     np.testing.assert_allclose(jax.grad(loss)(x), expected, rtol=1e-6)
 
+  @pytest.mark.slow
   def test_in_shard_map(self):
     mesh = jax.make_mesh((2,), ('data',))
     spec = jax.P('data')

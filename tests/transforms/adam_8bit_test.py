@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
@@ -272,6 +273,7 @@ class QuantizeStateTest(parameterized.TestCase):
     self.assertFalse(adam.mu['rest'].codebook.signed)
     self.assertTrue(adam.nu['rest'].codebook.signed)
 
+  @pytest.mark.slow
   def test_checkpoint_knows_its_map(self):
     """Other numbers, or other blocks, are no continuation."""
     make = lambda **options: transforms.quantize_state(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import indexed_slices, transforms
@@ -142,6 +143,7 @@ class DensifyTest(parameterized.TestCase):
     )(rows)
     self.assertEqual((got.dtype, float(got[0, 0])), (jnp.float32, 1.0))
 
+  @pytest.mark.slow
   def test_a_large_table_is_not_made_dense(self):
     rows = indexed_slices.make(
       jnp.ones((2, 3)), jnp.zeros(2, jnp.int32), (100, 3)
