@@ -24,8 +24,11 @@ def total(tree: Any, axis_name: str) -> Any:
 
 def gather(tree: Any, axis_name: str) -> Any:
   """Stacks each array over an axis: (...) to (num_workers, ...)."""
+  # An axis of `jax.vmap` knows nothing of what is equal along it.
+  mapped = axis_name not in jax.sharding.get_abstract_mesh().manual_axes
+  to = 'varying' if mapped else 'invarying'
   return _together(
-    tree, lambda flat: jax.lax.all_gather(flat, axis_name, to='invarying')
+    tree, lambda flat: jax.lax.all_gather(flat, axis_name, to=to)
   )
 
 

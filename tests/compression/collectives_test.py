@@ -49,6 +49,16 @@ class CollectivesTest(parameterized.TestCase):
       np.testing.assert_allclose(got[leaf], want(tree[leaf]), rtol=1e-5)
 
   @parameterized.parameters(*FOLDS)
+  def test_over_an_axis_of_vmap(self, name):
+    fold, want = FOLDS[name]
+    tree = _draw()
+    fn = jax.vmap(lambda tree: fold(tree, 'workers'), axis_name='workers')
+    got = jax.jit(fn)(tree)
+    for leaf in tree:
+      every = np.broadcast_to(want(tree[leaf]), got[leaf].shape)
+      np.testing.assert_allclose(got[leaf], every, rtol=1e-5)
+
+  @parameterized.parameters(*FOLDS)
   def test_small_arrays_travel_together(self, name):
     tree = _draw()
     fn = _jitted(FOLDS[name][0], data=NUM_WORKERS)
