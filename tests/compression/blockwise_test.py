@@ -215,6 +215,7 @@ class QuantizeTest(parameterized.TestCase):
     ((), 4, (1, 4), (1,)),
     ((2, 3, 8), 8, (2, 3, 8), (2, 3, 1)),
   )
+  @pytest.mark.slow
   def test_layout(self, shape, block_size, codes, scales):
     x = jnp.asarray(np.random.default_rng(5).normal(size=shape), jnp.bfloat16)
     coded = _quantize(x, blockwise.SIGNED, block_size)

@@ -167,6 +167,7 @@ class PowerSgdTest(parameterized.TestCase):
     ((), (1, 1)),
     ((6, 6), (6, 6)),
   )
+  @pytest.mark.slow
   def test_reads_arrays_as_matrices(self, shape, want):
     self.assertEqual(low_rank.matrix_shape(shape), want)
     code = low_rank.power_sgd(100, at_most=True)

@@ -88,6 +88,7 @@ class IdentitiesTest(parameterized.TestCase):
     (memories.two_level(sparse.top_k(60), _drop()),),
     (memories.sketched(1.0, 0.0, hashing='balanced'),),
   )
+  @pytest.mark.slow
   def test_what_loses_nothing_is_the_full_memory(self, memory):
     code, gradients = sparse.top_k(4), _gradients()
     want, _ = _run(code, memories.full(), gradients, jax.random.key(0))
@@ -241,6 +242,7 @@ class StabilityTest(parameterized.TestCase):
       found = energies(memory, key)
       self.assertLess(found[-1], 0.1 * found[0])
 
+  @pytest.mark.slow
   def test_threshold_of_the_plain_form(self):
     """A code of variance theta needs theta < delta / (1 - delta)."""
     theta = 1.0

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh
@@ -77,6 +78,7 @@ class QsgdTest(parameterized.TestCase):
     np.testing.assert_allclose(quantize.norm(jnp.asarray(x)), want, rtol=1e-5)
 
   @parameterized.parameters('min', 'k_over_s2')
+  @pytest.mark.slow
   def test_scaled(self, rule):
     # s < sqrt(d) tells the two rules apart.
     x, beta = _normal(400), {'min': 5.0, 'k_over_s2': 25.0}[rule]

@@ -224,6 +224,7 @@ class WorkersTest(parameterized.TestCase):
     return own, state.memories
 
   @parameterized.parameters((low_rank.power_sgd(2),), (sparse.top_k(5),))
+  @pytest.mark.slow
   def test_all_devices_get_the_same_bits(self, code):
     self._check_bits(code)
 

@@ -138,11 +138,22 @@ def _value(method, key, memory, params, batch):
 
 class VisitTest(parameterized.TestCase):
   @parameterized.product(
-    num_views=[2, 3, None],
     mode=['exact', 'cached', 'drop', 'released'],
     burn_in=[0.0, 0.5],
   )
-  def test_equals_a_loop(self, num_views, mode, burn_in):
+  def test_equals_a_loop(self, mode, burn_in):
+    self._compare(2, mode, burn_in)
+
+  @parameterized.product(
+    num_views=[3, None],
+    mode=['exact', 'cached', 'drop', 'released'],
+    burn_in=[0.0, 0.5],
+  )
+  @pytest.mark.slow
+  def test_equals_a_loop_for_other_views(self, num_views, mode, burn_in):
+    self._compare(num_views, mode, burn_in)
+
+  def _compare(self, num_views, mode, burn_in):
     num_samples, size, dim, seed = 9, 4, 6, 1
     num_stored = num_views or 3
     views = common.clusters(num_samples, num_stored, size=dim, seed=seed)
@@ -220,6 +231,7 @@ class IdentityTest(parameterized.TestCase):
     np.testing.assert_allclose(value, 0.0, atol=1e-6)
 
   @parameterized.parameters(0.0, 0.5)
+  @pytest.mark.slow
   def test_08_vanishing_beta_is_uniform(self, burn_in):
     beta, views = 1e-6, common.clusters(5, 2)
     method = emc2.emc2(
@@ -259,6 +271,7 @@ class IdentityTest(parameterized.TestCase):
     np.testing.assert_array_equal(got, best // 5)
 
   @parameterized.parameters((False, 1e-5), (True, 1e-10))
+  @pytest.mark.slow
   def test_09_softmax_weights_give_the_exact_gradient(self, double, tolerance):
     with jax.enable_x64(double):
       views = common.clusters(7, 2)
@@ -292,6 +305,7 @@ class IdentityTest(parameterized.TestCase):
   @parameterized.product(
     num_views=[2, None], proposals=['batch', 'uniform', 'resample']
   )
+  @pytest.mark.slow
   def test_15_first_visit_sets_a_state(self, num_views, proposals):
     method = emc2.emc2(
       8, inverse_temperature=50.0, num_views=num_views, proposals=proposals

@@ -101,6 +101,7 @@ class DrawTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(None, 7)
+  @pytest.mark.slow
   def test_law_of_two_stages(self, top_k):
     """Identity 10: chi-squared of 1e5 draws over many blocks."""
     views = common.clusters(40, 3)

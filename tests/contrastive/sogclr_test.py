@@ -150,6 +150,7 @@ class SogclrTest(parameterized.TestCase):
     np.testing.assert_allclose(got, gamma / (2 - gamma), rtol=0.08)
 
   @parameterized.parameters(0.9, 0.1)
+  @pytest.mark.slow
   def test_average_is_bounded(self, gamma):
     """Identity 6."""
     views, beta = common.clusters(30), 14.28

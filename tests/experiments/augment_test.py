@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from PIL import Image
 from scipy import ndimage, stats
@@ -186,6 +187,7 @@ class CropTest(parameterized.TestCase):
     ((4, 20, 16, 4), (8, 8)),  # Shrunk in height, stretched in width.
     ((7, 8, 1, 1), (5, 5)),
   )
+  @pytest.mark.slow
   def test_matches_pil(self, box, size):
     image = pictures(1, 20, 24)[0]
     rows, got = resample(np.float32(image / 255), np.float32(box), size)
@@ -331,6 +333,7 @@ class ColourTest(parameterized.TestCase):
 
 class BlurTest(parameterized.TestCase):
   @parameterized.parameters(0.1, 0.7, 2.0)
+  @pytest.mark.slow
   def test_matches_scipy(self, sigma):
     images = pictures(2)
     got = run(augment.Recipe(blur=(sigma, sigma)), images)
@@ -364,6 +367,7 @@ class ShiftTest(parameterized.TestCase):
     times = np.bincount(error.argmin(axis=1), minlength=9)
     self.assertGreater(stats.chisquare(times).pvalue, 1e-3)
 
+  @pytest.mark.slow
   def test_noise(self):
     images = np.full((50, 8, 8, 1), 127, np.uint8)
     got = run(augment.Recipe(noise=0.05), images).ravel() - 127 / 255

@@ -149,6 +149,7 @@ class HarnessTest(parameterized.TestCase):
     self.assertEndsWith(order, 'ababab')
     self.assertGreaterEqual(order[:-6].count('a'), 2)  # The warm-up.
 
+  @pytest.mark.slow
   def test_a_race_gives_the_ratio_of_cpu_times(self):
     row = self.context().race(
       'a row',
@@ -176,6 +177,7 @@ class HarnessTest(parameterized.TestCase):
   @parameterized.parameters(
     ('absent', 'no_such_package'), ('unsupported', 'not for this shape')
   )
+  @pytest.mark.slow
   def test_a_peer_that_is_not_there_leaves_its_figure_empty(self, case, why):
     row = self.context(smoke=True).race(
       'a', 'b', self.side('burn', seconds=0.0), self.side(case), peer='c'
@@ -286,6 +288,7 @@ class HarnessTest(parameterized.TestCase):
     )
     self.assertIn('1/1', done.stderr)  # The progress bar.
 
+  @pytest.mark.slow
   def test_a_wrong_flag_stops_the_command(self):
     command = [sys.executable, '-m', 'emc2.experiments.bench', 'contrastve']
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -581,6 +584,7 @@ class MadaTest(parameterized.TestCase):
   def test_the_state_is_what_the_specification_counts(self, name, want):
     self.assertEqual(mada_bench.state_bytes(optimizer=name), want)
 
+  @pytest.mark.slow
   def test_a_pass_and_a_step_go_on_from_what_they_left(self):
     for call in (
       mada_bench.time_step(optimizer='mada', side=8),
@@ -622,6 +626,7 @@ class LdaTest(parameterized.TestCase):
       self.assertLen(set(names), len(names))
 
   @parameterized.parameters('cvb0', 'scvb0')
+  @pytest.mark.slow
   def test_learns_and_is_judged(self, algorithm):
     found = lda_bench.learn(
       folder=self.folder, algorithm=algorithm, topics=4, passes=4, every=2
@@ -671,6 +676,7 @@ class DsMlrTest(parameterized.TestCase):
       names = [case.name for case in mlr_bench.cases(smoke)]
       self.assertLen(set(names), len(names))
 
+  @pytest.mark.slow
   def test_ours_and_a_peer_come_to_one_optimum(self):
     ridge = mlr_bench.prepare(self.path, 'digits', smoke=True)
     settings = dict(path=self.path, ridge=ridge)

@@ -113,6 +113,7 @@ class CheckpointsTest(parameterized.TestCase):
     'bool', 'int8', 'uint16', 'int32', 'bfloat16', 'float16', 'float8_e4m3fn',
     'complex64',
   )  # fmt: skip
+  @pytest.mark.slow
   def test_every_dtype(self, dtype):
     tree = {'x': jnp.arange(12).reshape(3, 4).astype(dtype)}
     self._save(1, tree=tree)
@@ -156,6 +157,7 @@ class CheckpointsTest(parameterized.TestCase):
   # When one read fails, Orbax leaves the others of the checkpoint unawaited.
   @parameterized.parameters(_halve, _flip, _remove, _empty_page, _lose_page)
   @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+  @pytest.mark.slow
   def test_takes_the_one_before_a_damaged_one(self, damage):
     self._save(10)
     newer = _tree() | {'w': -_tree()['w']}
@@ -176,6 +178,7 @@ class CheckpointsTest(parameterized.TestCase):
     _await_reads()
 
   @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+  @pytest.mark.slow
   def test_all_damaged_is_an_error(self):
     self._save(10, 20)
     _halve(self.folder / '10')

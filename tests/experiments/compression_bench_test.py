@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from emc2.experiments.benchmarks import compression, harness
@@ -21,6 +22,7 @@ class CompressionBenchTest(parameterized.TestCase):
   @parameterized.parameters(
     ('top_k', 0.1), ('sign', 0), ('bfloat16', 0), ('power_sgd', 3)
   )
+  @pytest.mark.slow
   def test_plain_form_is_the_code(self, name, value):
     x = jax.random.normal(_KEY, (20, 30))
     code = compression._code(name, value)
@@ -55,6 +57,7 @@ class CompressionBenchTest(parameterized.TestCase):
       np.testing.assert_array_equal(values, flat[np.asarray(indices)])
       flat[largest] = 0
 
+  @pytest.mark.slow
   def test_rows_of_the_wire(self):
     with harness.Context(smoke=True) as context:
       case = next(c for c in compression.cases(True) if c.name == 'wire')

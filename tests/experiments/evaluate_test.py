@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from sklearn import datasets, neighbors
 
@@ -118,6 +119,7 @@ class LinearProbeTest(parameterized.TestCase):
     dict(schedule='cosine'),
     dict(init='normal'),
   )
+  @pytest.mark.slow
   def test_passes_each_setting_on(self, **change):
     seen = []
     fit = evaluate.fit_linear

@@ -95,6 +95,7 @@ class GmmTest(parameterized.TestCase):
     dict(scale=2.0),
     dict(components=6),
   )
+  @pytest.mark.slow
   def test_settings_of_the_model_count(self, **given):
     statistics = mixture.Statistics(np.ones(6), np.full((6, 4), 2.0))
     bounds = []

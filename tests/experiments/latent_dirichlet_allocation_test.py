@@ -99,6 +99,7 @@ class LatentDirichletAllocationTest(parameterized.TestCase):
     ('svi', dict(mean_change_tol=1.0)),
     ('svi', dict(max_doc_update_iter=1)),
   )
+  @pytest.mark.slow
   def test_parameters_count(self, method, given):
     counts = _counts()
     settings = dict(learning_method=method, max_iter=2, random_state=0)

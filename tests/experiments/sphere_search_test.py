@@ -30,6 +30,7 @@ class SphereSearchTest(parameterized.TestCase):
     self.assertEqual(found.num_starts % 2, 0)
 
   @parameterized.parameters((2, 0.0), (2, 2.0), (4, 1.0))
+  @pytest.mark.slow
   def test_other_spheres_and_exponents(self, dim, exponent):
     n = 8 if dim == 4 else 5
     found = sphere_search.search(
@@ -92,6 +93,7 @@ class SphereSearchTest(parameterized.TestCase):
     self.assertEqual(search.num_starts, 26)
 
   @parameterized.parameters((0.0, False), (1e6, True))
+  @pytest.mark.slow
   def test_only_a_warm_walk_leaves_a_minimum(self, temperature, leaves):
     search = sphere_search.Search(
       16, 3, 1.0, seed=1, num_chains=2, temperature=temperature

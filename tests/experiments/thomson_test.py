@@ -283,6 +283,7 @@ class MethodsTest(parameterized.TestCase):
     )(method.init(key, jnp.asarray(points)))
 
   @parameterized.parameters((5, 5), (6, 5))
+  @pytest.mark.slow
   def test_pair_sgd_takes_as_many_pairs_as_there_are(self, n, matchings):
     state, _ = self._scan('pair_sgd', 3, n=n)
     self.assertEqual(state.count, 3 * matchings)
@@ -305,6 +306,7 @@ class MethodsTest(parameterized.TestCase):
     self.assertLess(_energy(params), 9.985282)
     np.testing.assert_array_less(violation['augmented_lagrangian'], 3e-6)
 
+  @pytest.mark.slow
   def test_basin_hopping_goes_to_the_nearest_minimum_first(self):
     def fake_minimize(points, energy_fn, *_, **__):
       return types.SimpleNamespace(points=points, energy=energy_fn(points))

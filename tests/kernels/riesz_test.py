@@ -93,6 +93,7 @@ class ForwardTest(Float64TestCase):
     ('float32', 3.0, 10),
     ('bfloat16', 1.0, 3),
   )
+  @pytest.mark.slow
   def test_lower_precision(self, dtype, exponent, dim):
     """Sums of differences: no worse than plain JAX, whatever the distances."""
     x = jnp.asarray(sphere(300, dim), dtype)
@@ -119,6 +120,7 @@ class ForwardTest(Float64TestCase):
   @parameterized.parameters(
     (0.0, 'float32'), (1.0, 'float32'), (1.0, 'float64')
   )
+  @pytest.mark.slow
   def test_tile_size_does_not_matter(self, exponent, dtype):
     x = sphere(301, 3, dtype=dtype)
     potential, gradient = oracle(x, None, exponent)

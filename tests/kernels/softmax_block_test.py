@@ -396,6 +396,7 @@ class TpuKernelTest(parameterized.TestCase):
     assert_close(got, want)
 
   @parameterized.parameters(*MODES)
+  @pytest.mark.slow
   def test_groups_of_classes(self, normalizer):
     patch = mock.patch.multiple(pallas_tpu, _RESIDENT=128 * 32, _MAX_ROWS=128)
     self.enter_context(patch)

@@ -111,6 +111,7 @@ class ReferenceTest(parameterized.TestCase):
         assert_close(jax.jit(topic_tile)(*args), want, 1e-6)
 
   @parameterized.parameters('bfloat16', 'float16', 'int32', 'uint8')
+  @pytest.mark.slow
   def test_dtypes_of_counts(self, dtype):
     args = problem(300, 20, 5, dtype)
     want = topic_tile(*args[:2], args[2].astype(jnp.float32))

@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import ring
@@ -48,6 +49,7 @@ class ProcessesTest(parameterized.TestCase):
       self.assertLess(errors['raises'][1], 10)
       self.assertLess(errors['hangs'][1], 10)
 
+  @pytest.mark.slow
   def test_tells_of_the_one_that_dies(self):
     folder = pathlib.Path(self.create_tempdir().full_path)
     processes.run('tests.ring.rotates_processes', 2, str(folder), 'die')

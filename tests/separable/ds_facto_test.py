@@ -141,6 +141,7 @@ class ScoreTest(parameterized.TestCase):
       own = jax.random.fold_in(KEY, 3)
       return 0.5 * float(jax.random.normal(own, (4,), np.float64)[1])
 
+  @pytest.mark.slow
   def test_bias_to_begin_with(self):
     x = np.eye(4, dtype='float32')
     for loss, labels, want in (
@@ -164,6 +165,7 @@ class ScoreTest(parameterized.TestCase):
 
 
 class GradientTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_equals_automatic_differentiation(self):
     self._gradient('logistic')
 

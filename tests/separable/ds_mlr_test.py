@@ -145,6 +145,7 @@ class PassTest(parameterized.TestCase):
   def test_strata_on_devices(self):
     self._compare((4, 1), 'table', schedule=one_order, num_devices=4)
 
+  @pytest.mark.slow
   def test_sparse_rows(self):
     x, y = padded()
     x = np.where(np.abs(x) < 0.4, 0, x)
@@ -291,6 +292,7 @@ class RingTest(parameterized.TestCase):
       np.load(path), trains_ds_mlr.weights(None), atol=1e-6
     )
 
+  @pytest.mark.slow
   def test_routing(self):
     self._routing('ring', 'fused', 0.0, 1e-3, 0.0, 0.1)
     self._routing('uniform', 'fused', 5e-2, np.inf, 1.0, np.inf)

@@ -91,6 +91,7 @@ class MovesTest(parameterized.TestCase):
     energies = jax.vmap(sphere.energy)(moved)
     self.assertLess(energies.mean(), sphere.energy(x))
 
+  @pytest.mark.slow
   def test_probabilities(self):
     x = sphere.draw_uniform(jax.random.key(0), 30, 3)
     odds = jnp.array([0.5, 0.0, 0.25, 0.25])

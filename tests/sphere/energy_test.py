@@ -38,6 +38,7 @@ class EnergyTest(Float64TestCase):
     ('600-cell', 2.0, 5395.0),
     ('e8_240', 2.0, 16550.0),
   )
+  @pytest.mark.slow
   def test_codes(self, name, exponent, want):
     points = configurations.make(name)
     got = float(sphere.energy(points, exponent))
@@ -54,6 +55,7 @@ class EnergyTest(Float64TestCase):
       self.assertAlmostEqual(want, n * (n * n - 1) / 24, delta=1e-9 * want)
 
   @parameterized.product(exponent=(0.5, 1.0, 2.0), dim=(2, 3, 5))
+  @pytest.mark.slow
   def test_sums_of_the_gradient(self, exponent, dim):
     """Identity 5: no force, no torque, and the radial part is the energy's."""
     x = draw(40, dim)
@@ -118,6 +120,7 @@ class EnergyTest(Float64TestCase):
     self.assertLess(abs(energies.mean() - want), 5 * error)
 
   @parameterized.parameters(0.0, 0.5, 1.0, 2.0)
+  @pytest.mark.slow
   def test_value_beside_the_gradient(self, exponent):
     """Of points spread evenly it has all the digits."""
     x = configurations.make('dodecahedron')

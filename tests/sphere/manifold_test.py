@@ -95,6 +95,7 @@ class WideTest(parameterized.TestCase):
     np.testing.assert_allclose(norm, 1.0, rtol=0, atol=1e-15)
 
   @parameterized.parameters(1e-160, 1e-3, 1.001)
+  @pytest.mark.slow
   def test_exponential_has_its_derivatives(self, length):
     """Along v they are those of the cosine and the sine, of any order."""
     point, direction = jnp.array([[0.6, 0.8]]), jnp.array([[-0.8, 0.6]])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from scipy import spatial
 
@@ -36,6 +37,7 @@ def _neighbours(triangles, n):
 
 class DistanceTest(parameterized.TestCase):
   @parameterized.parameters((2, 3), (31, 2), (32, 3), (33, 3), (100, 24))
+  @pytest.mark.slow
   def test_matches_a_loop(self, n, k):
     points = np.float32(_unit(n, k))
     wide = points.astype(np.float64)
@@ -88,6 +90,7 @@ class DefectTest(parameterized.TestCase):
     np.testing.assert_array_equal(charges, np.ones(12))
 
   @parameterized.parameters(4, 13, 50, 200)
+  @pytest.mark.slow
   def test_random_points(self, n):
     """Twelve in all, whatever the points."""
     triangles = spatial.ConvexHull(_unit(n, 3, seed=n)).simplices

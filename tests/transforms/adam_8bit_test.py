@@ -244,6 +244,7 @@ class QuantizeStateTest(parameterized.TestCase):
     ('amsgrad', functools.partial(optax.amsgrad, 0.1), 3),
     ('lars', functools.partial(transforms.lars, 0.1), 1),
   )
+  @pytest.mark.slow
   def test_takes_any_optimiser(self, make, count):
     """Large arrays are coded, and the direction is nearly the same."""
     params = {'large': jnp.ones((16, 64)), 'small': jnp.ones(4)}

@@ -273,6 +273,7 @@ class BatteryTest(parameterized.TestCase):
     _assert_near(compiled, eager, RTOL[dtype])
 
   @_each_axis_type
+  @pytest.mark.slow
   def test_sharded(self, row, kind):
     """The state lies as the params do, and eight devices agree with one."""
     mesh = mesh_lib.make(fsdp=4, tensor=2)
@@ -344,6 +345,7 @@ class BatteryTest(parameterized.TestCase):
       _assert_near(got, {**others, **want})
 
   @_each
+  @pytest.mark.slow
   def test_multi_steps(self, row):
     """The mean of two gradients makes one update."""
     params = _matrix(row)
@@ -371,6 +373,7 @@ class BatteryTest(parameterized.TestCase):
     _assert_near((got, state), want)
 
   @_each
+  @pytest.mark.slow
   def test_apply_if_finite(self, row):
     """What is no number changes nothing, and the next input is the first."""
     params, wrapped = _matrix(row), optax.apply_if_finite(row.transform(), 3)
@@ -389,6 +392,7 @@ class BatteryTest(parameterized.TestCase):
     _assert_near((updates, state.inner_state), _first(row))
 
   @_each
+  @pytest.mark.slow
   def test_flax_optimizer(self, row):
     class Model(nnx.Module):
       def __init__(self, params):

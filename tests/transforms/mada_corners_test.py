@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import transforms
@@ -180,6 +181,7 @@ class LearningTest(parameterized.TestCase):
       np.testing.assert_allclose((before - after) / (delta * square), 1, 1e-3)
 
   @parameterized.parameters(np.nan, np.inf, -np.inf)
+  @pytest.mark.slow
   def test_what_is_no_number_teaches_nothing(self, bad):
     """All of it or one entry, in the gradients or in `hyper_grads`."""
     tx = transforms.scale_by_mada(

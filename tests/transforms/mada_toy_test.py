@@ -106,6 +106,7 @@ class ToyTest(parameterized.TestCase):
     np.testing.assert_allclose(rho[0], 0.04, atol=5e-3)
     self.assertLess(rho[1], 5e-3)
 
+  @pytest.mark.slow
   def test_order_of_the_regrets(self):
     regrets = {name: ends.regret[1] for name, ends in _ends().items()}
     order = ('amsgrad', 'avgrad', 'mada', 'adam')

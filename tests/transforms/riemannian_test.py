@@ -509,6 +509,7 @@ class RiemannianTest(Float64TestCase):
       self.assertGreater(gap, 1e-3)
 
   @parameterized.parameters(12, 32)
+  @pytest.mark.slow
   def test_descent_finds_the_minimum(self, n):
     points = coulomb.uniform(0, 3, n, 3, dtype=np.float64)
     tx = transforms.riemannian(

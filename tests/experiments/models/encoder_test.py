@@ -117,6 +117,7 @@ class BlockTest(parameterized.TestCase):
     )
 
   @parameterized.parameters((4, 2), (4, 1), (3, 1))
+  @pytest.mark.slow
   def test_basic(self, inputs, stride):
     block = resnet.BasicBlock(
       inputs, 4, stride=stride, norm='none', dtype=jnp.float32, rngs=nnx.Rngs(0)
@@ -154,6 +155,7 @@ class EncoderTest(parameterized.TestCase):
     ('convnet', (9, 7, 3)),
     ('resnet_small', (12, 12, 3)),
   )
+  @pytest.mark.slow
   def test_shapes_and_norms(self, name, image_shape):
     pure = models.split(_build(name, image_shape))
     images = _images(2, image_shape)
@@ -223,6 +225,7 @@ class EncoderTest(parameterized.TestCase):
     np.testing.assert_allclose(both[:1], alone, rtol=1e-4, atol=1e-5)
 
   @parameterized.parameters('mlp', 'convnet')
+  @pytest.mark.slow
   def test_zero_image_is_finite(self, name):
     pure = models.split(_build(name))
     zeros = jnp.zeros((2, 8, 8, 1))
@@ -234,6 +237,7 @@ class EncoderTest(parameterized.TestCase):
         self.assertTrue(np.all(np.isfinite(leaf)))
 
   @parameterized.parameters('mlp', 'convnet')
+  @pytest.mark.slow
   def test_dtype_of_the_computation(self, name):
     full = models.split(_build(name))
     half = models.split(_build(name, dtype=jnp.bfloat16))

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from flax import nnx
 
@@ -57,6 +58,7 @@ class ConvolveTest(parameterized.TestCase):
   @parameterized.product(
     case=((3, 1, 1), (3, 2, 1), (1, 2, 0)), mapped=(False, True)
   )
+  @pytest.mark.slow
   def test_derivative_equals_that_of_xla(self, case, mapped):
     size, stride, padding = case
     images = jnp.asarray(_random(2, 6, 5, 3))

@@ -41,6 +41,7 @@ class ElboTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(1, 3)
+  @pytest.mark.slow
   def test_equals_its_formula(self, num_blocks):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):

@@ -70,6 +70,7 @@ class Cvb0Test(parameterized.TestCase):
     np.testing.assert_allclose(info.loss, loss / counts.sum(), rtol=1e-12)
 
   @parameterized.parameters(4, 8)
+  @pytest.mark.slow
   def test_ring_keeps_all_tokens_and_learns(self, num_blocks):
     with jax.enable_x64(True):
       cells = cut(4, num_blocks)

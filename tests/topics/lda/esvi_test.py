@@ -96,6 +96,7 @@ class OracleTest(parameterized.TestCase):
         np.testing.assert_allclose(state.words, want.words, atol=1e-11)
 
   @parameterized.parameters((1, 5), (4, 4))
+  @pytest.mark.slow
   def test_sums_of_cells_remember_as_much(self, num_shards, num_blocks):
     with jax.enable_x64(True):
       cells, _ = cut(num_shards, num_blocks)
@@ -127,6 +128,7 @@ class OracleTest(parameterized.TestCase):
     np.testing.assert_allclose(steps[0][1].loss, steps[1][1].loss, rtol=1e-6)
     self.assertEqual(layout.num_words, V)
 
+  @pytest.mark.slow
   def test_one_block_is_batch_vi(self):
     with jax.enable_x64(True):
       cells, _ = cut()
@@ -198,6 +200,7 @@ class BoundTest(parameterized.TestCase):
 
 class InvariantTest(parameterized.TestCase):
   @parameterized.parameters('cell', 'phi', 'topk')
+  @pytest.mark.slow
   def test_tokens_are_kept(self, storage):
     with jax.enable_x64(True):
       cells, layout = cut(4, 4)
@@ -210,6 +213,7 @@ class InvariantTest(parameterized.TestCase):
     np.testing.assert_allclose(got, counts, atol=1e-8)
     np.testing.assert_allclose(state.totals, state.words.sum((0, 1)), rtol=1e-9)
 
+  @pytest.mark.slow
   def test_many_topics_lose_no_token_in_float32(self):
     # The weights of a rare word in 512 topics underflow unless scaled.
     cells, _ = cut(1, 2)

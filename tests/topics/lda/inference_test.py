@@ -141,6 +141,7 @@ class InferTest(parameterized.TestCase):
       np.testing.assert_array_equal(alone.documents[1], 0)
 
   @parameterized.parameters(2, 8)
+  @pytest.mark.slow
   def test_splits_over_a_mesh(self, num_devices):
     """Two devices have a group each or more, eight have less."""
     batch = documents_lib.pad(
@@ -180,6 +181,7 @@ class WordWeightsTest(parameterized.TestCase):
     np.testing.assert_allclose(found[kept], want[kept], rtol=1e-4, atol=1e-4)
     self.assertGreater(kept.sum(), 80)
 
+  @pytest.mark.slow
   def test_shares_out_a_word_never_seen(self):
     """Where the plain weights are all 0."""
     sums = jnp.float32(make_word_sums()) * 100

@@ -58,6 +58,7 @@ class ShardedTest(parameterized.TestCase):
     dict(num_devices=8),
     dict(num_devices=4, mixing='ring', active_prob=0.5, inner_batch=3),
   )
+  @pytest.mark.slow
   def test_devices_equal_one(self, num_devices, **settings):
     one, many = _fit(1, **settings)[:2], _fit(num_devices, **settings)[:2]
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):

@@ -49,6 +49,7 @@ class EsviTest(parameterized.TestCase):
     dict(inner_batch=8),
     dict(active_prob=0.2),
   )
+  @pytest.mark.slow
   def test_monotone_and_invariant(self, **settings):
     self._check_run(**settings)
 
@@ -142,6 +143,7 @@ class EsviTest(parameterized.TestCase):
       gains.append(fresh[-1] - plain[-1])
     self.assertGreater(np.mean(gains), 0.5)
 
+  @pytest.mark.slow
   def test_inner_batch_of_1_is_the_papers_loop(self):
     method = make(1, inner_batch=1)
     with jax.enable_x64(True):

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from scipy import special
 
@@ -74,6 +75,7 @@ def _bounds_of_one(name):
 
 class FamilyTest(parameterized.TestCase):
   @parameterized.product(name=list(SCORES), dtype=('float32', 'float64'))
+  @pytest.mark.slow
   def test_scores(self, name, dtype):
     x, z = _data(name, 30, 4), oracle.starts(1, 30, 3)
     given = {} if name == 'multinomial' else {'center': 1.3}
@@ -113,6 +115,7 @@ class FamilyTest(parameterized.TestCase):
     np.testing.assert_allclose(found, want, rtol=1e-12)
 
   @parameterized.parameters(*SCORES)
+  @pytest.mark.slow
   def test_bound_does_not_depend_on_the_centre_but_on_every_prior(self, name):
     models = {'first': mixture.make(_make(name, 2), 3)}
     models['concentration'] = mixture.make(_make(name, 2), 3, concentration=1.0)

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
@@ -37,6 +38,7 @@ class ViTest(parameterized.TestCase):
     self.assertEqual(state.count, 8)
 
   @parameterized.parameters('gaussian_diagonal', 'gaussian_full', 'multinomial')
+  @pytest.mark.slow
   def test_is_monotone_and_finds_the_clusters(self, name):
     x, which = oracle.points(2, 300, 3, num_clusters=3)
     if name == 'multinomial':
