@@ -11,6 +11,7 @@ the process, since another program on the machine lengthens only the wall time.
 import dataclasses
 import datetime
 import json
+import math
 import os
 import pathlib
 import platform
@@ -104,6 +105,11 @@ class Row:
   def to_json(self) -> dict[str, Any]:
     """As a JSON object."""
     row = dataclasses.asdict(self)
+    for name in ('ours', 'theirs', 'ratio'):
+      figure = getattr(self, name)
+      # JSON has no NaN and no infinity; a loss may come to either.
+      if figure is not None and not math.isfinite(figure.value):
+        row[name] = None
     return row | {'target': str(self.target or ''), 'met': self.met}
 
 

@@ -136,6 +136,13 @@ class HarnessTest(parameterized.TestCase):
     figure = harness.Figure.of([5.0, 1.0, 2.0])
     self.assertEqual(figure, harness.Figure(2.0, 1.0, 5.0))
 
+  def test_a_figure_that_is_no_number_is_left_out_of_json(self):
+    lost, kept = (harness.Figure.exact(x) for x in (float('nan'), 2.0))
+    row = harness.Row('a', 'b', '', lost, 'peer', kept, ratio=lost).to_json()
+    self.assertIsNone(row['ours'])
+    self.assertIsNone(row['ratio'])
+    self.assertEqual(row['theirs']['value'], 2.0)
+
   def test_a_race_takes_turns(self):
     log = str(self.folder / 'log')
     sides = [
