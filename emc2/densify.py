@@ -430,29 +430,13 @@ def _as_slices(grad: Gradient) -> indexed_slices.IndexedSlices:
 
 
 def _num_workers(axis_name: str | None) -> int:
-  if axis_name is None:
-    return 1
-  try:
-    return jax.lax.axis_size(axis_name)
-  except NameError:
-    raise ValueError(
-      f'axis_name must name a mesh axis in scope of jax.shard_map, got '
-      f'{axis_name!r}.'
-    ) from None
+  return 1 if axis_name is None else mesh.axis_size(axis_name)
 
 
 def _check_local(grad: Gradient, axis_name: str, name: str) -> None:
   """Refuses what is equal on all workers, where types tell."""
-  varies = lambda x: axis_name in jax.typeof(x).manual_axis_type.varying
-  if not varies(jax.lax.axis_index(axis_name)):
-    return  # With check_vma=False types say nothing.
   values = grad.values if indexed_slices.is_slices(grad) else grad
-  if not varies(values):
-    raise ValueError(
-      f'{name} must be the gradient of one worker, but is equal along '
-      f'{axis_name!r}: jax.grad has summed it over workers. Differentiate with '
-      f"respect to jax.lax.pcast(params, {axis_name!r}, to='varying')."
-    )
+  mesh.check_own(values, axis_name, name)
 
 
 def _way(slices, num_workers, strategy, objective, wire_dtype, sharded=False):

@@ -145,6 +145,43 @@ def gather_shards(tree: Any, mesh: jax.sharding.Mesh, specs: Any = None) -> Any:
   return jax.tree.map(join, specs, tree, is_leaf=is_spec)
 
 
+def axis_size(axis_name: str) -> int:
+  """The length of a mesh axis inside `shard_map`, or of an axis of `vmap`.
+
+  Raises:
+    ValueError: If no axis in scope has that name.
+  """
+  try:
+    return jax.lax.axis_size(axis_name)
+  except NameError:
+    raise ValueError(
+      'axis_name must be a mesh axis in scope, inside jax.shard_map, or None '
+      f'for a single device, got {axis_name!r}.'
+    ) from None
+
+
+def check_own(x: jax.Array, axis_name: str, name: str) -> None:
+  """Refuses a gradient that is the same all along an axis, so reduced already.
+
+  Args:
+    x: What each device should have of its own.
+    axis_name: The mesh axis, in scope.
+    name: What an error calls `x`.
+
+  Raises:
+    ValueError: If it is the same; with `check_vma=False` types do not tell.
+  """
+  varying = lambda x: jax.typeof(x).manual_axis_type.varying
+  if axis_name not in varying(jax.lax.axis_index(axis_name)):
+    return
+  if axis_name not in varying(x):
+    raise ValueError(
+      f"{name} must be each worker's own, but is the same along "
+      f'{axis_name!r}, as if reduced already: differentiate with respect to '
+      f"jax.lax.pcast(params, {axis_name!r}, to='varying')."
+    )
+
+
 def vary_alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
   """Inside `shard_map`, lets all vary over the mesh axes that any varies over.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from emc2 import arguments, compression
+from emc2 import arguments, compression, mesh
 from emc2.compression import collectives, memories
 
 
@@ -173,8 +173,10 @@ def compressed_mean(
   def update_fn(updates, state, params=None, **extra_args):
     del params, extra_args
     if axis_name is not None:
-      _check_axis(axis_name)
-      _check_varying(updates, axis_name)
+      mesh.axis_size(axis_name)
+      for path, leaf in jax.tree.leaves_with_path(updates):
+        name = f'gradient {jax.tree_util.keystr(path)}'
+        mesh.check_own(jnp.asarray(leaf), axis_name, name)
     _check_float(updates)
     leaves, structure = jax.tree.flatten(updates)
     codes, kept = (
@@ -393,32 +395,6 @@ def _check_float(tree: Any) -> None:
       raise ValueError(
         f'leaf {jax.tree_util.keystr(path)} must be float to be compressed, '
         f'got {dtype}; mask it out by optax.masked.'
-      )
-
-
-def _check_axis(axis_name: str) -> None:
-  try:
-    jax.lax.axis_size(axis_name)
-  except NameError:
-    raise ValueError(
-      'axis_name must be a mesh axis in scope, inside jax.shard_map, or None '
-      f'for a single worker, got {axis_name!r}.'
-    ) from None
-
-
-def _check_varying(updates: Any, axis_name: str) -> None:
-  """Refuses gradients that are the same on all workers."""
-  varying = lambda x: jax.typeof(x).manual_axis_type.varying
-  # Without check_vma nothing is known to vary, not even this.
-  if axis_name not in varying(jax.lax.axis_index(axis_name)):
-    return
-  for path, leaf in jax.tree.leaves_with_path(updates):
-    if axis_name not in varying(jnp.asarray(leaf)):
-      raise ValueError(
-        f"gradient {jax.tree_util.keystr(path)} must be each worker's own, "
-        f'but is the same on all of {axis_name!r}, as if reduced already: '
-        'differentiate with respect to '
-        f"jax.lax.pcast(params, {axis_name!r}, to='varying')."
       )
 
 

@@ -603,13 +603,7 @@ def _check_here(here, batch, settings):
   """Refuses an axis that is not there, and other workers than were told."""
   num_devices = 1
   if settings.axis_name is not None:
-    try:
-      num_devices = jax.lax.axis_size(settings.axis_name)
-    except NameError:
-      raise ValueError(
-        f'axis_name must be an axis of jax.shard_map around the step, got '
-        f'{settings.axis_name!r}.'
-      ) from None
+    num_devices = mesh_lib.axis_size(settings.axis_name)
   if here * num_devices != settings.num_workers:
     raise ValueError(
       f'state must hold {settings.num_workers} workers, got {here} on each of '
