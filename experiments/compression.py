@@ -100,7 +100,7 @@ from emc2.compression import (
 )
 from emc2.experiments import compression_figure, runner
 from emc2.experiments import data as data_lib
-from emc2.experiments.models import convnet, decoder, layers
+from emc2.experiments.models import decoder, digits
 
 PROBLEMS = ('digits', 'text')
 TEXT_PRESETS = ('small', 'gpt2_small')
@@ -388,18 +388,6 @@ def as_matrices(params: Any) -> Any:
   return jax.tree.map(view, params)
 
 
-class Classifier(nnx.Module):
-  """Of 8x8 digits."""
-
-  def __init__(self, *, rngs: nnx.Rngs):
-    self.body = convnet.ConvNet((8, 8, 1), widths=(16, 32), rngs=rngs)
-    self.head = layers.linear(self.body.num_features, 10, rngs=rngs)
-
-  def __call__(self, images: jax.Array) -> jax.Array:
-    """Maps images (n, 8, 8, 1) to logits (n, 10)."""
-    return self.head(self.body(images))
-
-
 def make_digits(config: Config, plan: Plan) -> Problem:
   """Classification of digits by Nesterov's momentum; a fifth is held out."""
 
@@ -408,7 +396,9 @@ def make_digits(config: Config, plan: Plan) -> Problem:
     images = np.float32(dataset.images) / 255
     return images, dataset.labels
 
-  build = lambda key: Classifier(rngs=nnx.Rngs(key))
+  build = lambda key: digits.Classifier(
+    'cnn', widths=(16, 32), rngs=nnx.Rngs(key)
+  )
   draw = lambda key: nnx.to_pure_dict(nnx.state(build(key)))
   graphdef = nnx.graphdef(nnx.eval_shape(build, jax.random.key(0)))
   shapes = jax.eval_shape(draw, jax.random.key(0))
@@ -615,7 +605,7 @@ def train(
       num_steps=plan.num_steps,
       workdir=folder,
       name=f'{cell[0]}:{cell[1]} {seed}',
-      steps_per_call=_largest_divisor(evaluate_every, 50),
+      steps_per_call=runner.largest_divisor(evaluate_every, 50),
       log_every=max(1, plan.num_steps // 50),
       checkpoint_every=evaluate_every * config.num_evaluations,
       # On one device: all of them would do the same work.
@@ -639,10 +629,6 @@ def train(
     # Comparisons with NaN are false.
     'diverged': ~(losses[-1] <= losses[0]),
   }
-
-
-def _largest_divisor(number, most):
-  return max(i for i in range(1, most + 1) if number % i == 0)
 
 
 def summarize(log: dict[str, Any]) -> dict[str, float]:

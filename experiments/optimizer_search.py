@@ -82,11 +82,11 @@ from flax import nnx
 from emc2 import transforms
 from emc2.experiments import data as data_lib
 from emc2.experiments import optimizer_search_figure, runner
-from emc2.experiments.models import convnet, decoder, layers
+from emc2.experiments.models import decoder, digits
 from emc2.transforms import masks
 
 PROBLEMS = ('digits', 'text', 'reddi')
-DIGITS_MODELS = ('cnn', 'mlp')
+DIGITS_MODELS = digits.KINDS
 TEXT_PRESETS = ('small', 'gpt2_small')
 
 PERIOD = 101
@@ -377,27 +377,6 @@ def _hyper(config):
   )
 
 
-class Classifier(nnx.Module):
-  """Of 8x8 digits: 'cnn' or the 'mlp' 64-32-10 with tanh."""
-
-  def __init__(self, name: str, *, rngs: nnx.Rngs):
-    if name == 'cnn':
-      self.body = convnet.ConvNet((8, 8, 1), widths=(8, 16), rngs=rngs)
-      width = self.body.num_features
-    else:
-      width = 32
-      self.body = layers.linear(64, width, rngs=rngs)
-    self.head = layers.linear(width, 10, rngs=rngs)
-    self.name = name
-
-  def __call__(self, images: jax.Array) -> jax.Array:
-    """Maps images (n, 8, 8, 1) to logits (n, 10)."""
-    if self.name == 'cnn':
-      return self.head(self.body(images))
-    rows = images.reshape(images.shape[0], -1)
-    return self.head(jnp.tanh(self.body(rows)))
-
-
 def make_digits(config: Config, plan: Plan) -> Problem:
   """Classification of digits; a fifth of them is held out."""
 
@@ -406,7 +385,7 @@ def make_digits(config: Config, plan: Plan) -> Problem:
     images = jnp.asarray(dataset.images, jnp.float32) / 255
     return images, jnp.asarray(dataset.labels)
 
-  build = lambda key: Classifier(config.digits_model, rngs=nnx.Rngs(key))
+  build = lambda key: digits.Classifier(config.digits_model, rngs=nnx.Rngs(key))
   draw = lambda key: nnx.to_pure_dict(nnx.state(build(key)))
   graphdef = nnx.graphdef(nnx.eval_shape(build, jax.random.key(0)))
 
@@ -599,7 +578,7 @@ def train(
       num_steps=plan.num_steps,
       workdir=folder,
       name=f'{name} {number}',
-      steps_per_call=_largest_divisor(evaluate_every, 25),
+      steps_per_call=runner.largest_divisor(evaluate_every, 25),
       log_every=max(1, plan.num_steps // 100),
       checkpoint_every=evaluate_every,
       evaluate=lambda state: problem.evaluate(state.params, problem.constants),
@@ -625,10 +604,6 @@ def _groups(plan: Plan) -> Iterator[Sequence[np.ndarray]]:
   for first in range(0, len(runs), plan.side_by_side):
     b1, b2, seed = zip(*runs[first : first + plan.side_by_side], strict=True)
     yield np.float32(b1), np.float32(b2), np.int32(seed)
-
-
-def _largest_divisor(number, most):
-  return max(i for i in range(1, most + 1) if number % i == 0)
 
 
 def train_reddi(
@@ -674,7 +649,7 @@ def train_reddi(
     return state, info | coefficients_of(inner)
 
   x = jnp.zeros([])
-  steps_per_call = _largest_divisor(config.reddi_steps, 1_000)
+  steps_per_call = runner.largest_divisor(config.reddi_steps, 1_000)
   # At one place of the period, or the regret would be a saw.
   log_every = max(1, config.reddi_steps // 200)
   log_every = log_every // PERIOD * PERIOD or log_every

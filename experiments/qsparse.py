@@ -84,7 +84,7 @@ from emc2 import arguments, compression, consensus
 from emc2.compression import compose, identity, quantize, sign, sparse
 from emc2.consensus import qsparse, schedules
 from emc2.experiments import qsparse_figure, runner
-from emc2.experiments.models import convnet, layers
+from emc2.experiments.models import digits
 
 PROBLEMS = ('softmax', 'mlp', 'cnn')
 NUM_TRAIN = 1_500
@@ -311,25 +311,6 @@ def read(num_workers: int, split: str) -> dict[str, Any]:
   }
 
 
-class Net(nnx.Module):
-  """Of 8x8 digits: 'cnn', or the 'mlp' 64-32-10 with tanh."""
-
-  def __init__(self, name: str, *, rngs: nnx.Rngs):
-    self.name, width = name, 32
-    if name == 'cnn':
-      self.body = convnet.ConvNet((8, 8, 1), widths=(8, 16), rngs=rngs)
-      width = self.body.num_features
-    else:
-      self.body = layers.linear(64, width, rngs=rngs)
-    self.head = layers.linear(width, NUM_CLASSES, rngs=rngs)
-
-  def __call__(self, images: jax.Array) -> jax.Array:
-    """Maps images (n, 64) to logits (n, 10)."""
-    if self.name == 'cnn':
-      return self.head(self.body(images.reshape(-1, 8, 8, 1)))
-    return self.head(jnp.tanh(self.body(images)))
-
-
 def make_problem(config: Config, plan: Plan) -> Problem:
   """Classification of digits: softmax regression from 0, or a net."""
   if config.problem == 'softmax':
@@ -341,7 +322,7 @@ def make_problem(config: Config, plan: Plan) -> Problem:
       return images @ weights[:-1] + weights[None, -1]
 
   else:
-    build = lambda key: Net(config.problem, rngs=nnx.Rngs(key))
+    build = lambda key: digits.Classifier(config.problem, rngs=nnx.Rngs(key))
     draw = lambda key: nnx.to_pure_dict(nnx.state(build(key)))
     graphdef = nnx.graphdef(nnx.eval_shape(build, jax.random.key(0)))
     apply_fn = lambda params, images: nnx.merge(graphdef, params)(images)

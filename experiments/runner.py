@@ -162,6 +162,11 @@ def start(config: Any, run: Run, workdir: epath.PathLike) -> dict[str, float]:
   return results
 
 
+def largest_divisor(number: int, most: int) -> int:
+  """The largest divisor of a number up to a bound, for `steps_per_call`."""
+  return max(i for i in range(1, most + 1) if number % i == 0)
+
+
 def train(
   state: Any,
   step_fn: Callable[[jax.Array, Any, Any], tuple[Any, Any]],

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,8 @@ import pytest
 from absl.testing import parameterized
 
 from emc2.experiments import compression, compression_figure, runner
+
+from tests.experiments import case
 
 TINY = dict(
   problem='digits',
@@ -34,16 +35,11 @@ METRICS = {
 }
 
 
-class CompressionTest(parameterized.TestCase):
+class CompressionTest(case.ExperimentTestCase):
   def setUp(self):
     super().setUp()
-    self.folder = pathlib.Path(self.create_tempdir().full_path)
     # Optax mixes dtypes.
     self.enter_context(jax.numpy_dtype_promotion('standard'))
-    # Nearly all of the time goes into compiling.
-    name = 'jax_disable_most_optimizations'
-    self.addCleanup(jax.config.update, name, jax.config.read(name))
-    jax.config.update(name, True)
 
   def _run(self, folder='run', **settings):
     config = compression.Config(**(TINY | settings))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 from unittest import mock
 
 import jax
@@ -14,6 +13,8 @@ from emc2.experiments import ds_facto, ring_costs, ring_figure, runner
 from emc2.experiments.data import examples, generated
 from emc2.ring import simulate
 
+from tests.experiments import case
+
 COUNTS = ring_costs.COUNTS
 SMALL = dict(workers='2', passes=3, rank=2, steps_per_pass=4, evaluations=2)
 
@@ -24,16 +25,11 @@ def _data(loss='logistic', num_rows=60):
   return ds_facto.Data('toy', found.train, found.test, loss)
 
 
-class DsFactoTest(parameterized.TestCase):
+class DsFactoTest(case.ExperimentTestCase):
   def setUp(self):
     super().setUp()
-    self.folder = pathlib.Path(self.create_tempdir().full_path)
     # Optax's and TensorBoard's helpers count on promotion.
     self.enter_context(jax.numpy_dtype_promotion('standard'))
-    # Nearly all of the time goes into compiling.
-    name = 'jax_disable_most_optimizations'
-    self.addCleanup(jax.config.update, name, jax.config.read(name))
-    jax.config.update(name, True)
 
   def _run(self, folder='run', **settings):
     config = ds_facto.Config(**(SMALL | settings))

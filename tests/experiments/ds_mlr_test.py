@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 from unittest import mock
 
 import jax
@@ -15,6 +14,8 @@ from sklearn import metrics
 from emc2.experiments import ds_mlr, ring_costs, runner
 from emc2.experiments.data import examples, generated
 
+from tests.experiments import case
+
 SMALL = dict(workers='2', passes=3, steps_per_pass=4, evaluations=2)
 
 
@@ -23,16 +24,11 @@ def _data(num_rows=60, num_classes=5, ridge=1e-2, best=None):
   return ds_mlr.Data('toy', train, test, ridge, best)
 
 
-class DsMlrTest(parameterized.TestCase):
+class DsMlrTest(case.ExperimentTestCase):
   def setUp(self):
     super().setUp()
-    self.folder = pathlib.Path(self.create_tempdir().full_path)
     # Optax's and TensorBoard's helpers count on promotion.
     self.enter_context(jax.numpy_dtype_promotion('standard'))
-    # Nearly all of the time goes into compiling.
-    name = 'jax_disable_most_optimizations'
-    self.addCleanup(jax.config.update, name, jax.config.read(name))
-    jax.config.update(name, True)
 
   def _run(self, folder='run', **settings):
     config = ds_mlr.Config(**(SMALL | settings))

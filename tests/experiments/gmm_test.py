@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 from unittest import mock
 
 import jax
@@ -13,6 +12,8 @@ from absl.testing import parameterized
 
 from emc2.experiments import gmm, gmm_figure, runner
 from emc2.topics import mixture
+
+from tests.experiments import case
 
 SMALL = dict(num_passes=3, components=4, blocks=2, batch_size=50)
 
@@ -25,18 +26,13 @@ def _rows(num_rows=200, dim=2):
   return rows + rng.normal(size=(num_rows, dim)) + 100
 
 
-class GmmTest(parameterized.TestCase):
+class GmmTest(case.ExperimentTestCase):
   def setUp(self):
     super().setUp()
-    self.folder = pathlib.Path(self.create_tempdir().full_path)
     # Optax's and TensorBoard's helpers count on promotion.
     self.enter_context(jax.numpy_dtype_promotion('standard'))
     one = mock.patch.object(jax, 'device_count', return_value=1)
     self.enter_context(one)
-    # Nearly all of the time goes into compiling.
-    name = 'jax_disable_most_optimizations'
-    self.addCleanup(jax.config.update, name, jax.config.read(name))
-    jax.config.update(name, True)
 
   def _run(self, folder='run', **settings):
     config = gmm.Config(**(SMALL | settings))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,8 @@ from absl.testing import parameterized
 from emc2 import transforms
 from emc2.experiments import optimizer_search, optimizer_search_figure, runner
 from emc2.experiments.models import decoder
+
+from tests.experiments import case
 
 TINY = dict(
   b1='0.9,0.99',
@@ -43,16 +44,11 @@ def _adam_by_hand(grads, b1, b2, eps):
     yield m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
 
 
-class OptimizerSearchTest(parameterized.TestCase):
+class OptimizerSearchTest(case.ExperimentTestCase):
   def setUp(self):
     super().setUp()
-    self.folder = pathlib.Path(self.create_tempdir().full_path)
     # Optax's bias correction counts on promotion.
     self.enter_context(jax.numpy_dtype_promotion('standard'))
-    # Nearly all of the time goes into compiling.
-    name = 'jax_disable_most_optimizations'
-    self.addCleanup(jax.config.update, name, jax.config.read(name))
-    jax.config.update(name, True)
 
   def _run(self, folder='run', **settings):
     config = optimizer_search.Config(**(TINY | settings))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 
 import jax
 import numpy as np
@@ -10,6 +9,8 @@ import pytest
 from absl.testing import parameterized
 
 from emc2.experiments import qsparse, qsparse_figure, runner
+
+from tests.experiments import case
 
 TINY = dict(
   even='vanilla,signed_4',
@@ -23,15 +24,7 @@ TINY = dict(
 )
 
 
-class QsparseTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.folder = pathlib.Path(self.create_tempdir().full_path)
-    # Nearly all of the time goes into compiling.
-    name = 'jax_disable_most_optimizations'
-    self.addCleanup(jax.config.update, name, jax.config.read(name))
-    jax.config.update(name, True)
-
+class QsparseTest(case.ExperimentTestCase):
   def _run(self, **settings):
     config = qsparse.Config(**(TINY | settings))
     return runner.start(config, qsparse.run, self.folder / 'run')

@@ -1,7 +1,6 @@
 """The Thomson experiment: every optimiser, every setting, every picture."""
 
 import json
-import pathlib
 import types
 from unittest import mock
 
@@ -18,6 +17,8 @@ from emc2.experiments import (
   thomson_methods,
 )
 from emc2.sphere import basin_hopping, configurations, minimize
+
+from tests.experiments import case
 
 ICOSAHEDRON = 49.165253057629
 SMALL = dict(n=6, restarts=2, num_steps=20, optimizers='gradient_descent')
@@ -45,16 +46,11 @@ def _problem(**settings):
   return thomson.make_problem(config, thomson.draw_starts(config, ''))
 
 
-class ThomsonTest(parameterized.TestCase):
+class ThomsonTest(case.ExperimentTestCase):
   def setUp(self):
     super().setUp()
-    self.folder = pathlib.Path(self.create_tempdir().full_path)
     # Optax's bias correction counts on promotion.
     self.enter_context(jax.numpy_dtype_promotion('standard'))
-    # Nearly all of the time goes into compiling.
-    name = 'jax_disable_most_optimizations'
-    self.addCleanup(jax.config.update, name, jax.config.read(name))
-    jax.config.update(name, True)
 
   def _run(self, folder='run', **settings):
     config = thomson.Config(**(SMALL | settings))
