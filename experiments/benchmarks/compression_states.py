@@ -23,7 +23,7 @@ import optax
 
 from emc2 import transforms
 from emc2.compression import blockwise
-from emc2.experiments.benchmarks import harness
+from emc2.experiments.benchmarks import harness, optimizer_steps
 from emc2.experiments.data import digits
 from emc2.kernels import adam_8bit
 
@@ -53,19 +53,7 @@ def time_step(*, optimizer: str, rows: int, columns: int, leaves: int):
   tx = OPTIMIZERS[optimizer]()
   params = _draw(leaves, rows, columns)
   grads = _draw(leaves, rows, columns)
-
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, state, grads):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  carry = params, jax.jit(tx.init)(params)
-
-  def call():
-    nonlocal carry
-    carry = jax.block_until_ready(step(*carry, grads))
-
-  return call
+  return optimizer_steps.repeat(tx, params, grads)
 
 
 def time_kernel(*, implementation: str, rows: int, columns: int):

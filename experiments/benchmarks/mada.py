@@ -20,7 +20,7 @@ import optax
 
 from emc2 import transforms
 from emc2.experiments import optimizer_search, runner
-from emc2.experiments.benchmarks import harness
+from emc2.experiments.benchmarks import harness, optimizer_steps
 from emc2.kernels import mada
 
 PACKAGES = ('jax', 'jaxlib', 'optax', 'numpy', 'scipy', 'flax')
@@ -60,19 +60,7 @@ def time_step(*, optimizer: str, side: int):
   tx = OPTIMIZERS[optimizer]()
   params = _draw(side, *range(_LEAVES))
   grads = _draw(side, *range(_LEAVES, 2 * _LEAVES))
-
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def step(params, state, grads):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  carry = params, jax.jit(tx.init)(params)
-
-  def call():
-    nonlocal carry
-    carry = jax.block_until_ready(step(*carry, grads))
-
-  return call
+  return optimizer_steps.repeat(tx, params, grads)
 
 
 def time_pass(*, implementation: str, side: int):
