@@ -28,12 +28,7 @@ class Settings:
     blockwise.check_block_size(self.block_size)
     arguments.check_at_least('min_8bit_size', self.min_8bit_size, 0)
     arguments.check_one_of('map', self.map, MAPS)
-    arguments.check_one_of('rounding', self.rounding, blockwise.ROUNDINGS)
-    if (self.key is None) != (self.rounding == 'nearest'):
-      raise ValueError(
-        "key must be given for rounding='stochastic' and for no other, got "
-        f'rounding={self.rounding!r}.'
-      )
+    blockwise.check_rounding(self.rounding, self.key)
 
   @property
   def signed(self) -> blockwise.Codebook:

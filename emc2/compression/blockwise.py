@@ -406,6 +406,20 @@ def check_block_size(block_size: int) -> None:
     )
 
 
+def check_rounding(rounding: str, key: jax.Array | None) -> None:
+  """Refuses a rounding without a name, and a key that goes with another one.
+
+  Raises:
+    ValueError: If `rounding` is unknown, or `key` is missing or not needed.
+  """
+  arguments.check_one_of('rounding', rounding, ROUNDINGS)
+  if (key is None) != (rounding == 'nearest'):
+    raise ValueError(
+      "key must be given for rounding='stochastic' and for no other, got "
+      f'{rounding=}.'
+    )
+
+
 def to_blocks(x: jax.Array, block_size: int) -> jax.Array:
   """Splits an array into blocks.
 
@@ -516,12 +530,7 @@ def quantize(
     Quantization <https://arxiv.org/abs/2110.02861>`_, 2022, section 2.
   """
   check_block_size(block_size)
-  arguments.check_one_of('rounding', rounding, ROUNDINGS)
-  if (key is None) != (rounding == 'nearest'):
-    raise ValueError(
-      "key must be given for rounding='stochastic' and for no other, got "
-      f'{rounding=}.'
-    )
+  check_rounding(rounding, key)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f'x must be of real floats, got {x.dtype}.')
   wide = x.astype(np.promote_types(x.dtype, np.float32))
