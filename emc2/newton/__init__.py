@@ -1,0 +1,1 @@
+"""Newton methods for convex objectives, whose models are bounded by a cubic."""
