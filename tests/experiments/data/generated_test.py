@@ -52,6 +52,35 @@ class SoftmaxTest(parameterized.TestCase):
     self.assertNotEqual(other.labels.tolist(), train.labels.tolist())
 
 
+class LogisticTest(parameterized.TestCase):
+  def test_recipe_of_the_specification(self):
+    """Each line of `krylov_crn.md` §6 in its own words."""
+    found, test = generated.logistic()
+    self.assertEqual((found.rows.shape, test.num_rows), ((1000, 300), 0))
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.normal(size=300) for _ in range(1000)])
+    for j in range(300):
+      rows[:, j] /= np.sqrt(j + 1)
+    rows = np.stack([row / np.sqrt(row @ row) for row in rows])
+    np.testing.assert_allclose(found.rows.to_dense(), rows, rtol=1e-6)
+    weights = 3 * rng.normal(size=300)
+    chance = 1 / (1 + np.exp(-2 * (rows @ weights)))
+    labels = [rng.random() < p for p in chance]
+    np.testing.assert_array_equal(found.labels, labels)
+    self.assertEqual(found.class_names, ('0', '1'))
+
+  def test_test_rows_do_not_change_the_others(self):
+    alone, _ = generated.logistic(50, 9)
+    train, test = generated.logistic(50, 9, num_test=4000)
+    np.testing.assert_array_equal(alone.rows.values, train.rows.values)
+    np.testing.assert_array_equal(alone.labels, train.labels)
+    self.assertEqual(test.rows.shape, (4000, 9))
+    norms = np.linalg.norm(test.rows.to_dense(), axis=1)
+    np.testing.assert_allclose(norms, 1, rtol=1e-5)
+    other, _ = generated.logistic(50, 9, seed=1)
+    self.assertNotEqual(other.labels.tolist(), train.labels.tolist())
+
+
 class ExtremeTest(parameterized.TestCase):
   @parameterized.product(ridge=(1e-1, 1e-3, 1e-6), width=(1, 4))
   def test_gradient_vanishes_at_the_optimum(self, ridge, width):
