@@ -1,0 +1,186 @@
+"""The Lanczos process: a symmetric operator in a small basis of its own."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from emc2 import arguments, mesh
+
+
+class Lanczos(NamedTuple):
+  """An orthonormal basis of a Krylov space, and the operator in it.
+
+  The operator is tridiagonal there: `diagonal`, and `off_diagonal` without its
+  last entry beside it.
+
+  Attributes:
+    basis: Leaves (m, ...), float32 or wider; the vectors in order, and 0 from
+      `num_steps` on.
+    diagonal: (m,); 0 from `num_steps` on.
+    off_diagonal: (m,): the norm of what is left after each step; 0 from the
+      breakdown on.
+    norm: (): of the start.
+    num_steps: (), int32: the dimension of the space that was found, in [0, m];
+      0 for a start of 0.
+    images: What `matvec` gave besides for each vector of the basis, stacked
+      (m, ...); () if it gives nothing.
+  """
+
+  basis: Any
+  diagonal: jax.Array
+  off_diagonal: jax.Array
+  norm: jax.Array
+  num_steps: jax.Array
+  images: Any
+
+
+def lanczos(
+  matvec: Callable[[Any], Any],
+  start: Any,
+  num_steps: int,
+  *,
+  axis_name: str | tuple[str, ...] | None = None,
+  breakdown_tol: float = 1e-6,
+  has_aux: bool = False,
+) -> Lanczos:
+  r"""Builds an orthonormal basis of :math:`\{g, Hg, \dots, H^{m-1} g\}`.
+
+  From :math:`v_1 = g / \|g\|`, :math:`v_0 = 0`, and for j = 1, ..., m,
+
+  .. math::
+    w = H v_j - \beta_{j-1} v_{j-1}, \quad
+    \alpha_j = v_j^\top w, \quad
+    w \leftarrow (I - V_j V_j^\top) (w - \alpha_j v_j), \quad
+    \beta_j = \|w\|, \quad v_{j+1} = w / \beta_j,
+
+  that is with full re-orthogonalisation, without which float32 loses the basis
+  after some fifteen steps. Both products with the basis, :math:`V_j^\top w` and
+  :math:`V_j^\top v_j`, are made at once, so that a step reads the basis twice
+  and sums over devices twice: 2 m numbers, and one.
+
+  The process breaks down when the space is invariant: at :math:`\beta_j \leq
+  \tau \max_{i \leq j} (|\alpha_i| + \beta_{i-1})`. All that follows is 0, and
+  shapes are static.
+
+  Args:
+    matvec: Maps a vector like `start`, in float32 or wider, to H times it,
+      which is symmetric; with `has_aux` to that and anything else. Traced once,
+      and called `num_steps` times.
+    start: g, a pytree of floating arrays.
+    num_steps: m, in [1, number of entries of `start`]. Static.
+    axis_name: The mesh axis, or axes, over which the entries of the vectors are
+      split, inside `jax.shard_map`; None where each device has whole vectors.
+    breakdown_tol: tau, at least 0.
+    has_aux: Whether `matvec` gives a pair. Static.
+
+  Returns:
+    The basis and the operator in it.
+
+  Raises:
+    ValueError: If `num_steps` or `breakdown_tol` is out of range, or `start`
+      holds anything but floating numbers.
+
+  Examples:
+    >>> scale = jnp.array([1.0, 2.0, 3.0])
+    >>> found = lanczos(lambda v: scale * v, jnp.array([1.0, 1.0, 0.0]), 3)
+    >>> found.num_steps, found.diagonal.round(3), found.off_diagonal.round(3)
+    (Array(2, dtype=int32), Array([1.5, 1.5, 0. ], dtype=float32),
+     Array([0.5, 0. , 0. ], dtype=float32))
+
+  References:
+    Golub and Van Loan, *Matrix Computations*, 4th edition, 2013, Section 10.3.
+  """
+  start, dtype = _checked(start, num_steps, axis_name, breakdown_tol)
+  tiny = jnp.finfo(dtype).tiny
+
+  def total(x):
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+  def norm_of(vector):
+    return jnp.sqrt(total(_dot(vector, vector)))
+
+  def direction(vector, norm, runs):
+    factor = jnp.where(runs, 1 / jnp.where(runs, norm, 1), 0)
+    return jax.tree.map(lambda leaf: factor * leaf, vector)
+
+  def advance(carry, j):
+    basis, last, vector, beta, scale = carry
+    basis = jax.tree.map(lambda rows, v: rows.at[j].set(v), basis, vector)
+    product, image = matvec(vector) if has_aux else (matvec(vector), ())
+    rest = jax.tree.map(lambda w, v: w.astype(dtype) - beta * v, product, last)
+    pair = [_products(basis, rest), _products(basis, vector)]
+    of_rest, of_vector = total(jnp.stack(pair))
+    alpha = of_rest[j]
+    # By linearity, the products with the rest after alpha v has been taken off.
+    # Those with the rest itself would lose a factor |alpha| / beta each step.
+    own = jnp.arange(num_steps) == j
+    weights = of_rest - alpha * (of_vector - own.astype(dtype))
+    rest = jax.tree.map(
+      lambda w, rows: w - _combine(rows, weights), rest, basis
+    )
+    scale = jnp.maximum(scale, jnp.abs(alpha) + beta)
+    beta = norm_of(rest)
+    runs = beta > jnp.maximum(breakdown_tol * scale, tiny)
+    beta = jnp.where(runs, beta, 0)
+    carry = basis, vector, direction(rest, beta, runs), beta, scale
+    return carry, (alpha, beta, image)
+
+  norm = norm_of(start)
+  nonzero = norm > tiny
+  vector = direction(start, norm, nonzero)
+  zeros = jax.tree.map(jnp.zeros_like, vector)
+  rows = lambda v: jnp.broadcast_to(v, (num_steps, *v.shape))
+  zero = jnp.zeros_like(norm)
+  carry = jax.tree.map(rows, zeros), zeros, vector, zero, zero
+  (basis, *_), (diagonal, off_diagonal, images) = jax.lax.scan(
+    advance, carry, jnp.arange(num_steps)
+  )
+  lasting = jnp.sum(off_diagonal[:-1] > 0, dtype=jnp.int32)
+  found = jnp.where(nonzero, 1 + lasting, 0)
+  return Lanczos(basis, diagonal, off_diagonal, norm, found, images)
+
+
+def _checked(start, num_steps, axis_name, breakdown_tol) -> tuple[Any, Any]:
+  """The start in the dtype of the basis, and that dtype."""
+  arguments.check_at_least('breakdown_tol', breakdown_tol, 0)
+  start = jax.tree.map(jnp.asarray, start)
+  leaves = jax.tree.leaves(start)
+  for leaf in leaves:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise ValueError(f'start must hold floating numbers, got {leaf.dtype}.')
+  size = sum(leaf.size for leaf in leaves)
+  if axis_name is not None:
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    for name in names:
+      size *= mesh.axis_size(name)
+  if not 1 <= num_steps <= size:
+    raise ValueError(
+      f'num_steps must lie in [1, {size}], the entries of start, got '
+      f'{num_steps}.'
+    )
+  wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
+  dtype = jnp.dtype(jnp.float64 if wide else jnp.float32)
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), start), dtype
+
+
+def _dot(one: Any, other: Any) -> jax.Array:
+  """Sum of products over all leaves: ()."""
+  terms = jax.tree.map(lambda x, y: jnp.sum(x * y), one, other)
+  return sum(jax.tree.leaves(terms)[1:], start=jax.tree.leaves(terms)[0])
+
+
+def _products(basis: Any, vector: Any) -> jax.Array:
+  """V^T w over all leaves: (m,)."""
+
+  def one(rows, w):
+    return jnp.tensordot(rows, w, axes=w.ndim, precision='highest')
+
+  terms = jax.tree.leaves(jax.tree.map(one, basis, vector))
+  return sum(terms[1:], start=terms[0])
+
+
+def _combine(rows: jax.Array, weights: jax.Array) -> jax.Array:
+  """The sum of (m, ...) with weights (m,): (...)."""
+  return jnp.tensordot(weights, rows, axes=1, precision='highest')
