@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,18 +108,68 @@ def search(
   Raises:
     ValueError: If a setting is out of range.
   """
+
+  def solve(trial, shift, memory):
+    return cubic.solve_cubic(spectrum, trial, guess=shift), memory
+
+  found, _ = search_by(
+    solve,
+    regularization,
+    excess_fn,
+    (),
+    like=spectrum.coefficients,
+    largest=spectrum.values[-1],
+    shrink=shrink,
+    max_trials=max_trials,
+    adaptive=adaptive,
+  )
+  return found
+
+
+def search_by(
+  solve: Callable[[jax.Array, jax.Array, Any], tuple[cubic.CubicStep, Any]],
+  regularization: jax.typing.ArrayLike,
+  excess_fn: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+  memory: Any,
+  *,
+  like: jax.Array,
+  largest: jax.Array,
+  shrink: float = 0.5,
+  max_trials: int = 21,
+  adaptive: bool = True,
+) -> tuple[Search, Any]:
+  """As :func:`search`, of a model that something else minimises.
+
+  Args:
+    solve: Maps M, the shift of the last trial and a memory to the minimiser and
+      the next memory.
+    regularization: As there.
+    excess_fn: As there.
+    memory: Of the first trial.
+    like: (m,): of the shape and type of a step.
+    largest: (): about the greatest eigenvalue.
+    shrink: As there.
+    max_trials: As there.
+    adaptive: As there.
+
+  Returns:
+    The step, and the last memory.
+
+  Raises:
+    ValueError: If a setting is out of range.
+  """
   if not 0 < shrink < 1:
     raise ValueError(f'shrink must lie in (0, 1), got {shrink}.')
   arguments.check_at_least('max_trials', max_trials, 1)
-  dtype = spectrum.values.dtype
+  dtype = like.dtype
   regularization = jnp.asarray(regularization, dtype)
-  least = 1e-12 * (1 + jnp.maximum(spectrum.values[-1], 0))
+  least = 1e-12 * (1 + jnp.maximum(largest, 0))
   if adaptive:
     regularization = jnp.maximum(shrink * regularization, least)
 
   def advance(carry):
-    trial, found = carry
-    solved = cubic.solve_cubic(spectrum, trial, guess=found.shift)
+    trial, found, memory = carry
+    solved, memory = solve(trial, found.shift, memory)
     excess, slack = excess_fn(solved.step)
     accepted = jnp.isfinite(excess)
     if adaptive:
@@ -134,15 +184,15 @@ def search(
       num_trials=found.num_trials + 1,
       accepted=accepted,
     )
-    return trial / shrink, found
+    return trial / shrink, found, memory
 
   def goes_on(carry):
-    _, found = carry
+    _, found, _ = carry
     return ~found.accepted & (found.num_trials < max_trials)
 
   zero = jnp.zeros([], dtype)
   found = Search(
-    step=jnp.zeros_like(spectrum.coefficients),
+    step=jnp.zeros_like(like),
     regularization=zero,
     shift=zero,
     decrease=zero,
@@ -151,8 +201,11 @@ def search(
     accepted=jnp.zeros([], jnp.bool_),
   )
   leaves = jax.tree.leaves((regularization, found))
-  *leaves, _ = mesh.vary_alike(*leaves, spectrum.coefficients)
+  *leaves, _ = mesh.vary_alike(*leaves, like)
   trial, *leaves = leaves
-  if not adaptive:
-    return advance((trial, Search(*leaves)))[1]
-  return jax.lax.while_loop(goes_on, advance, (trial, Search(*leaves)))[1]
+  carry = trial, Search(*leaves), memory
+  if adaptive:
+    carry = jax.lax.while_loop(goes_on, advance, carry)
+  else:
+    carry = advance(carry)
+  return carry[1:]
