@@ -125,7 +125,6 @@ def solve_cubic(
   spectrum: Spectrum,
   regularization: jax.typing.ArrayLike,
   *,
-  guess: jax.typing.ArrayLike | None = None,
   max_iterations: int = 50,
 ) -> CubicStep:
   r"""Minimises a cubic-regularised model, whatever the signs of H.
@@ -140,9 +139,9 @@ def solve_cubic(
     \kappa = \frac{\sum_i s_i^2 / (\theta_i + \lambda)}{\sum_i s_i^2},
 
   and solves that exactly. For :math:`1 / \|s\|` is concave, each round ends
-  left of the root, wherever it began, and the next ones rise to it at least
-  as fast as Newton's. The first begins at the greatest of the roots that single
-  coefficients would have, which differs from the root by no more than m would.
+  left of the root, and the next ones rise to it at least as fast as Newton's.
+  The first begins at the greatest of the roots that single coefficients would
+  have, so near that no guess would save a round.
 
   What is small is :math:`\lambda` less its least value, so that the hard case,
   in which no coefficient belongs to the lowest, negative eigenvalue, and all
@@ -152,9 +151,8 @@ def solve_cubic(
   Args:
     spectrum: H and g.
     regularization: M, in the convention M / 6, above 0.
-    guess: A value of :math:`\lambda` to begin from, such as the last; any
-      number is safe.
-    max_iterations: A bound on rounds, at least 1. About five are taken. Static.
+    max_iterations: A bound on rounds, at least 1; two or three are common.
+      Static.
 
   Returns:
     The step and its model; 0 for a gradient of 0 and a semidefinite H.
@@ -179,29 +177,22 @@ def solve_cubic(
   eps, tiny = (float(x) for x in (jnp.finfo(dtype).eps, jnp.finfo(dtype).tiny))
   m = values.shape[0]
   half = jnp.asarray(regularization, dtype) / 2
-  # In units of `unit` for eigenvalues and `unit / half` for steps, no number is
-  # above 2, and M is 2.
+  # Eigenvalues in units of `unit`, and steps of `unit / half`: then M is 2, and
+  # neither the least of numbers nor the greatest is squared.
   roots = jnp.sqrt(half) * jnp.sqrt(jnp.abs(coefficients))
   extremes = jnp.maximum(jnp.abs(values[0]), jnp.abs(values[-1]))
   unit = jnp.maximum(extremes, jnp.max(roots))
   unit = jnp.where(unit > 0, unit, 1)
-  floor = jnp.maximum(-values[0] / unit, 0)
-  # From the lowest eigenvalue if that is negative.
-  gaps = jnp.where(values[0] < 0, values - values[0], values) / unit
+  lowest = jnp.minimum(values[0], 0)
+  floor = -lowest / unit
+  gaps = (values - lowest) / unit
   pulls = jnp.square(roots / unit)
 
-  def rises(pulls):
-    """Where (floor + x) (gap + x) = pull, for each coefficient alone."""
-    root = jnp.sqrt(jnp.square(floor - gaps) + 4 * pulls)
-    return jnp.max(2 * (pulls - floor * gaps) / (floor + gaps + root + tiny))
-
-  least = jnp.maximum(rises(pulls), tiny)
-  rise = least
-  if guess is not None:
-    most = rises(m**0.5 * pulls)
-    begun = jnp.asarray(guess, dtype) / unit - floor
-    rise = jnp.where(begun > least, jnp.minimum(begun, most), least)
-  rise = jnp.maximum(rise, least)
+  # Where (floor + x) (gap + x) = pull, which each coefficient would ask for if
+  # it were alone; with the others, the root lies beyond all of these.
+  widths = jnp.sqrt(jnp.square(floor - gaps) + 4 * pulls)
+  alone = 2 * (pulls - floor * gaps) / (floor + gaps + widths + tiny)
+  least = jnp.maximum(jnp.max(alone), tiny)
 
   def weights(rise):
     """Sizes of the step's entries over the norm that lambda asks for."""
@@ -214,37 +205,35 @@ def solve_cubic(
     squares = jnp.square(sizes)
     square = jnp.sum(squares)
     shift = floor + rise
-    kappa = shift * jnp.sum(squares * inverse) / jnp.maximum(square, tiny)
+    bend = shift * jnp.sum(squares * inverse) / jnp.maximum(square, tiny)
     lack = jnp.sqrt(square) - 1
-    share = 1 / (1 + kappa)
+    # The root of bend y^2 + (1 + bend) y = lack, and y = change / shift.
+    share = 1 / (1 + bend)
     inside = jnp.maximum(1 + 4 * share * (1 - share) * lack, 0)
     change = 2 * shift * share * lack / (1 + jnp.sqrt(inside))
     new = jnp.maximum(rise + change, least)
     # The next change would be at most 1.5 change^2 / rise.
-    goes_on = jnp.abs(new - rise) > 0.5 * eps**0.5 * new
-    goes_on &= jnp.abs(lack) > 4 * eps
-    return new, goes_on, count + 1
+    wanted = jnp.abs(new - rise) > 0.5 * eps**0.5 * new
+    return new, wanted & (jnp.abs(lack) > 4 * eps), count + 1
 
   def goes_on(carry):
     _, wanted, count = carry
     return wanted & (count < max_iterations)
 
-  begin = rise, rise == rise, jnp.zeros([], jnp.int32)
+  begin = least, least > 0, jnp.zeros([], jnp.int32)
   rise, *_ = jax.lax.while_loop(goes_on, advance, begin)
-  shift = floor + rise
   _, sizes = weights(rise)
   square = jnp.sum(jnp.square(sizes))
-  first = jnp.arange(m) == 0
   hard = (floor > 0) & (least <= tiny) & (square < 1)
   lacking = jnp.sqrt(jnp.square(sizes[0]) + jnp.maximum(1 - square, 0))
-  sizes = jnp.where(hard & first, lacking, sizes)
+  sizes = jnp.where(hard & (jnp.arange(m) == 0), lacking, sizes)
   square = jnp.where(hard, 1, square)
 
-  shift = jnp.where(square > 0, shift * unit, 0)
+  shift = jnp.where(square > 0, unit * (floor + rise), 0)
   length = shift / half
+  norm = jnp.sqrt(square)
   signed = jnp.where(coefficients > 0, -sizes, sizes)
   step = length * jnp.matmul(vectors, signed, precision='highest')
-  norm = jnp.sqrt(square)
   slope = -length * jnp.sum(jnp.abs(coefficients) * sizes)
   bend = jnp.sum(values * jnp.square(sizes)) / 2 + shift * norm**3 / 3
   return CubicStep(

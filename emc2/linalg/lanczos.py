@@ -51,14 +51,14 @@ def lanczos(
 
   .. math::
     w = H v_j - \beta_{j-1} v_{j-1}, \quad
-    \alpha_j = v_j^\top w, \quad
-    w \leftarrow (I - V_j V_j^\top) (w - \alpha_j v_j), \quad
+    w \leftarrow (I - V_j V_j^\top)^2 w, \quad
     \beta_j = \|w\|, \quad v_{j+1} = w / \beta_j,
 
   that is with full re-orthogonalisation, without which float32 loses the basis
-  after some fifteen steps. Both products with the basis, :math:`V_j^\top w` and
-  :math:`V_j^\top v_j`, are made at once, so that a step reads the basis twice
-  and sums over devices twice: 2 m numbers, and one.
+  after some fifteen steps. What the projections take off along :math:`v_j` adds
+  up to :math:`\alpha_j = v_j^\top H v_j`. A step sums over devices twice: the m
+  products with the basis, and those of the second projection together with the
+  norm.
 
   The process breaks down when the space is invariant: at :math:`\beta_j \leq
   \tau \max_{i \leq j} (|\alpha_i| + \beta_{i-1})`. All that follows is 0, and
@@ -98,37 +98,35 @@ def lanczos(
   def total(x):
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
-  def norm_of(vector):
-    return jnp.sqrt(total(_dot(vector, vector)))
-
   def direction(vector, norm, runs):
     factor = jnp.where(runs, 1 / jnp.where(runs, norm, 1), 0)
     return jax.tree.map(lambda leaf: factor * leaf, vector)
+
+  def without(vector, basis, weights):
+    combine = lambda w, rows: w - _combine(rows, weights)
+    return jax.tree.map(combine, vector, basis)
 
   def advance(carry, j):
     basis, last, vector, beta, scale = carry
     basis = jax.tree.map(lambda rows, v: rows.at[j].set(v), basis, vector)
     product, image = matvec(vector) if has_aux else (matvec(vector), ())
     rest = jax.tree.map(lambda w, v: w.astype(dtype) - beta * v, product, last)
-    pair = [_products(basis, rest), _products(basis, vector)]
-    of_rest, of_vector = total(jnp.stack(pair))
-    alpha = of_rest[j]
-    # By linearity, the products with the rest after alpha v has been taken off.
-    # Those with the rest itself would lose a factor |alpha| / beta each step.
-    own = jnp.arange(num_steps) == j
-    weights = of_rest - alpha * (of_vector - own.astype(dtype))
-    rest = jax.tree.map(
-      lambda w, rows: w - _combine(rows, weights), rest, basis
-    )
+    first = total(_products(basis, rest))
+    rest = without(rest, basis, first)
+    again = jnp.append(_products(basis, rest), _dot(rest, rest))
+    again, square = jnp.split(total(again), [num_steps])
+    rest = without(rest, basis, again)
+    alpha = first[j] + again[j]
     scale = jnp.maximum(scale, jnp.abs(alpha) + beta)
-    beta = norm_of(rest)
+    # What was taken off the second time is at right angles to what is left.
+    beta = jnp.sqrt(jnp.maximum(square[0] - jnp.sum(again**2), 0))
     runs = beta > jnp.maximum(breakdown_tol * scale, tiny)
     beta = jnp.where(runs, beta, 0)
     carry = basis, vector, direction(rest, beta, runs), beta, scale
     return carry, (alpha, beta, image)
 
-  norm = norm_of(start)
-  nonzero = norm > tiny
+  norm = jnp.sqrt(total(_dot(start, start)))
+  nonzero = norm > 0
   vector = direction(start, norm, nonzero)
   zeros = jax.tree.map(jnp.zeros_like, vector)
   rows = lambda v: jnp.broadcast_to(v, (num_steps, *v.shape))

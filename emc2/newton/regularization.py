@@ -110,7 +110,8 @@ def search(
   """
 
   def solve(trial, shift, memory):
-    return cubic.solve_cubic(spectrum, trial, guess=shift), memory
+    del shift
+    return cubic.solve_cubic(spectrum, trial), memory
 
   found, _ = search_by(
     solve,
