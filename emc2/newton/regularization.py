@@ -171,7 +171,7 @@ def search_by(
   def advance(carry):
     trial, found, memory = carry
     solved, memory = solve(trial, found.shift, memory)
-    excess, slack = excess_fn(solved.step)
+    excess, slack = (x.astype(dtype) for x in excess_fn(solved.step))
     accepted = jnp.isfinite(excess)
     if adaptive:
       accepted &= excess <= solved.excess + slack
@@ -181,7 +181,7 @@ def search_by(
       regularization=trial,
       shift=solved.shift,
       decrease=keep(solved.decrease),
-      excess=keep(excess.astype(dtype)),
+      excess=keep(excess),
       num_trials=found.num_trials + 1,
       accepted=accepted,
     )
