@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import transforms
@@ -91,6 +92,20 @@ TRACED = (
 )
 # Those that lack what the others have are not even traced as numbers.
 FIXED = ('no_differences', 'no_lion', 'neither')
+# One program for many numbers, and two of others.
+QUICK = (
+  'plain',
+  'rates',
+  'momentum',
+  'clip',
+  'lion_b1',
+  'lion_b2',
+  'eps',
+  'decay',
+  'elsewhere',
+  'amsgrad',
+  'neither',
+)
 
 
 def _settings(case):
@@ -191,16 +206,31 @@ def _gap(a, b):
 
 
 class LoopTest(parameterized.TestCase):
-  @parameterized.parameters(*CASES)
+  @parameterized.parameters(*QUICK)
   def test_matches_the_loop(self, case):
+    self._check_loop(case)
+
+  @parameterized.parameters(*(case for case in CASES if case not in QUICK))
+  @pytest.mark.slow
+  def test_matches_the_loop_elsewhere(self, case):
+    self._check_loop(case)
+
+  def _check_loop(self, case):
     """Params, coefficients and momenta, step by step."""
     params, coefficients, trace, _ = _want(case)
     with jax.enable_x64(True):
       got = _got(case, jnp.float64)
     self.assertLess(_gap(got, (params, coefficients, trace)), 1e-10)
 
-  @parameterized.parameters('alone', 'amsgrad', 'neither')
-  def test_matches_the_loop_in_float32(self, case):
+  def test_matches_the_loop_in_float32(self):
+    self._check_loop_in_float32('amsgrad')
+
+  @parameterized.parameters('alone', 'neither')
+  @pytest.mark.slow
+  def test_matches_the_loop_in_float32_elsewhere(self, case):
+    self._check_loop_in_float32(case)
+
+  def _check_loop_in_float32(self, case):
     params, coefficients, trace, _ = _want(case)
     got = _got(case, jnp.float32)
     self.assertLess(_gap(got, (params, coefficients, trace)), 1e-3)
@@ -252,6 +282,7 @@ class LoopTest(parameterized.TestCase):
     self.assertLess(_gap(ends[0], (want, coefficients[-1])), 1e-10)
     self.assertGreater(_gap(ends[1], (want, coefficients[-1])), 1e-4)
 
+  @pytest.mark.slow
   def test_many_starts_at_once(self):
     """`vmap` over betas equals a loop."""
     params, curvature, noise = (
