@@ -77,8 +77,15 @@ class ShardingTest(parameterized.TestCase):
     _, _, rows = _alone()
     self.assertGreater(np.abs(rows[-1] - rows[0]).min(), 1e-3)
 
-  @parameterized.parameters((1, 2), (2, 2), (4, 2))
-  def test_equals_one_device(self, fsdp, tensor):
+  def test_equals_one_device(self):
+    self._check_devices(4, 2)
+
+  @parameterized.parameters((1, 2), (2, 2))
+  @pytest.mark.slow
+  def test_equals_one_device_on_fewer(self, fsdp, tensor):
+    self._check_devices(fsdp, tensor)
+
+  def _check_devices(self, fsdp, tensor):
     mesh = _mesh(fsdp, tensor)
     with jax.set_mesh(mesh):
       train = functools.partial(learns_mada.train, learns_mada.make())
@@ -104,14 +111,20 @@ class ShardingTest(parameterized.TestCase):
     ends = dict(np.load(path))
     self._check(ends, ends.pop('rows'))
 
+  def test_costs_a_reduction_for_each_axis(self):
+    # A dimension for each axis: XLA sums over one axis after the other.
+    self._check_costs({'a': jax.P(*AXES), 'b': jax.P(*AXES)}, 2)
+
   @parameterized.parameters(
     # One dimension, over both axes: one sum.
     ({'a': jax.P(AXES), 'b': jax.P(None, AXES)}, 1),
-    # A dimension for each axis: XLA sums over one axis after the other.
-    ({'a': jax.P(*AXES), 'b': jax.P(*AXES)}, 2),
     (learns_mada.SPECS, 2),
   )
-  def test_costs_a_reduction_for_each_axis(self, specs, count):
+  @pytest.mark.slow
+  def test_costs_as_params_lie(self, specs, count):
+    self._check_costs(specs, count)
+
+  def _check_costs(self, specs, count):
     """Of six floats for each leaf; nothing else crosses, as in Adam."""
     self.assertEqual(_collectives(optax.adam(0.1), specs), [])
     found = _collectives(learns_mada.make(), specs)
@@ -120,6 +133,7 @@ class ShardingTest(parameterized.TestCase):
       self.assertEqual(kind, 'all-reduce')
       self.assertLessEqual(floats, NUM_FLOATS * len(specs))
 
+  @pytest.mark.slow
   def test_what_does_not_learn_costs_nothing(self):
     found = _collectives(learns_mada.make(learn=()), learns_mada.SPECS)
     self.assertEqual(found, [])
