@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import parameterized
 
 from emc2 import compression, transforms
@@ -66,12 +67,19 @@ def _run(tx, grads, **kwargs):
 
 
 class CompressedMeanTest(parameterized.TestCase):
+  def test_matches_numpy(self):
+    write = lambda e, p, sent, g: p - sent
+    self._check_numpy(memories.full(), write, 1.0)
+
   @parameterized.parameters(
     (memories.none(), lambda e, p, sent, g: 0.0 * p, 0.0),
-    (memories.full(), lambda e, p, sent, g: p - sent, 1.0),
     (memories.partial(0.75), lambda e, p, sent, g: e + g - sent, 0.25),
   )
-  def test_matches_numpy(self, memory, write, gain):
+  @pytest.mark.slow
+  def test_matches_numpy_elsewhere(self, memory, write, gain):
+    self._check_numpy(memory, write, gain)
+
+  def _check_numpy(self, memory, write, gain):
     """And sums of what was sent and is kept are sums of gradients."""
     self.enterContext(jax.enable_x64(True))
     grads = _grads(dtype=np.float64)
@@ -91,10 +99,14 @@ class CompressedMeanTest(parameterized.TestCase):
         means['w'].sum(0) + kept.mean(0), grads['w'].mean(1).sum(0), atol=1e-12
       )
 
-  @parameterized.parameters(
-    (identity.identity(),), (sparse.top_k(fraction=1.0),)
-  )
-  def test_a_code_that_loses_nothing_gives_the_mean(self, code):
+  def test_a_code_that_loses_nothing_gives_the_mean(self):
+    self._check_mean(identity.identity())
+
+  @pytest.mark.slow
+  def test_all_entries_give_the_mean(self):
+    self._check_mean(sparse.top_k(fraction=1.0))
+
+  def _check_mean(self, code):
     tx = transforms.compressed_mean(code, codes_leaf=lambda leaf: True)
     grads = _grads()
     means, state = _run(tx, grads)
@@ -136,8 +148,14 @@ class CompressedMeanTest(parameterized.TestCase):
       np.testing.assert_allclose(means['w'][t], sent.mean(0) / rate, 1e-5, 1e-6)
     np.testing.assert_allclose(state.memories['w'], kept, 1e-5, 1e-6)
 
-  @parameterized.parameters('w', 'b')
-  def test_skips_what_is_not_finite(self, name):
+  def test_skips_what_is_not_finite(self):
+    self._check_skips('w')
+
+  @pytest.mark.slow
+  def test_skips_what_is_not_finite_in_what_is_not_coded(self):
+    self._check_skips('b')
+
+  def _check_skips(self, name):
     grads = _grads(steps=3)
     grads[name][1, 5, ..., 2] = np.nan if name == 'w' else np.inf
     means, state = _run(transforms.compressed_mean(sparse.top_k(5)), grads)
@@ -149,6 +167,7 @@ class CompressedMeanTest(parameterized.TestCase):
     np.testing.assert_array_equal(state.memories['w'], after.memories['w'])
     self.assertEqual((state.count, state.skipped), (2, 1))
 
+  @pytest.mark.slow
   def test_lets_through_what_is_not_finite(self):
     grads = _grads(steps=2)
     grads['b'][0, 5, 2] = np.nan
@@ -198,13 +217,18 @@ class CompressedMeanTest(parameterized.TestCase):
         q = own.mean(0)
         np.testing.assert_allclose(means['w'][t, rows], p @ q.T, atol=1e-5)
 
-  @parameterized.parameters(
-    (sparse.top_k(5),),
-    (low_rank.power_sgd(2),),
-    (sign.scaled_sign(),),
-    (sparse.block_k(fraction=0.25),),
-  )
+  @parameterized.parameters((sparse.top_k(5),), (sign.scaled_sign(),))
   def test_words_are_the_operands_of_collectives(self, code):
+    self._check_words(code)
+
+  @parameterized.parameters(
+    (low_rank.power_sgd(2),), (sparse.block_k(fraction=0.25),)
+  )
+  @pytest.mark.slow
+  def test_words_are_the_operands_of_more_collectives(self, code):
+    self._check_words(code)
+
+  def _check_words(self, code):
     init, step = _functions(transforms.compressed_mean(code))
     grads = jax.tree.map(lambda g: jnp.asarray(g[0]), _grads())
     state = init()
@@ -243,8 +267,14 @@ class CompressedMeanTest(parameterized.TestCase):
     np.testing.assert_array_equal(cleared.table, 0)
     np.testing.assert_array_equal(cleared.hashes.signs, kept.hashes.signs)
 
-  @parameterized.parameters(jnp.bfloat16, jnp.float16)
-  def test_narrow_gradients(self, dtype):
+  def test_narrow_gradients(self):
+    self._check_narrow(jnp.bfloat16)
+
+  @pytest.mark.slow
+  def test_narrow_gradients_of_another_type(self):
+    self._check_narrow(jnp.float16)
+
+  def _check_narrow(self, dtype):
     tx = transforms.compressed_mean(sparse.top_k(1), axis_name=None)
     g = jnp.array([[3.0, 2.0, 1.0], [0.0, 0.0, 0.0]], dtype)
     state = tx.init(g)
@@ -252,6 +282,7 @@ class CompressedMeanTest(parameterized.TestCase):
     self.assertEqual(updates.dtype, dtype)
     self.assertEqual(state.memories.dtype, jnp.float32)
 
+  @pytest.mark.slow
   def test_two_processes_equal_one(self):
     path = pathlib.Path(self.create_tempdir().full_path, 'means.npy')
     processes.run('tests.transforms.averages_compressed', 2, str(path))
@@ -296,6 +327,7 @@ class RefusalsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'each worker.s own.*pcast'):
       jax.eval_shape(update(lambda params: params), params, x)
 
+  @pytest.mark.slow
   def test_goes_without_the_check(self):
     means, _ = _run(
       transforms.compressed_mean(sparse.top_k(5)), _grads(1), check_vma=False
