@@ -18,6 +18,10 @@ from emc2.transforms.compressed_mean import (
   sent_bits,
 )
 from emc2.transforms.densify import densify
+from emc2.transforms.krylov_cubic_newton import (
+  KrylovCubicNewtonState,
+  krylov_cubic_newton,
+)
 from emc2.transforms.lars import lars
 from emc2.transforms.mada import (
   COEFFICIENTS,
@@ -67,6 +71,7 @@ __all__ = [
   'AddTangentNoiseState',
   'BacktrackState',
   'CompressedMeanState',
+  'KrylovCubicNewtonState',
   'PowersgdMomentumState',
   'ScaleByAvgradState',
   'ScaleByMadaState',
@@ -79,6 +84,7 @@ __all__ = [
   'compressed_mean',
   'compressed_mean_specs',
   'densify',
+  'krylov_cubic_newton',
   'lars',
   'mada',
   'mada_coefficients',

@@ -362,6 +362,26 @@ ROWS = (
     starts_from_shapes=False,
   ),
   Row(
+    'krylov_cubic_newton',
+    transforms.krylov_cubic_newton,
+    options={'subspace_dim': 3},
+    changes={},
+    solves={'subspace_dim': 4},
+    # Where M starts counts in the first state alone. Each number more would
+    # cost updates that are not compiled, whose loops are, each time anew.
+    static=(
+      'subspace_dim',
+      'regularization',
+      'shrink',
+      'max_trials',
+      'gradient_tol',
+      'breakdown_tol',
+    ),
+    needs=('params', 'value', 'value_fn'),
+    # Products of vectors leave explicit axes without a sharding.
+    axis_types=(jax.sharding.AxisType.Auto,),
+  ),
+  Row(
     'compressed_mean',
     transforms.compressed_mean,
     options={'compressor': sparse.block_k(fraction=0.5), 'axis_name': None},
