@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2.compression import blockwise
@@ -39,8 +40,15 @@ def _draw(shape, seed=0):
 
 
 class ReferenceTest(parameterized.TestCase):
-  @parameterized.parameters(((6, 64), 32), ((5, 7), 16), ((40,), 8))
-  def test_matches_numpy(self, shape, block_size):
+  def test_matches_numpy(self):
+    self._check_matches_numpy((5, 7), 16)
+
+  @parameterized.parameters(((6, 64), 32), ((40,), 8))
+  @pytest.mark.slow
+  def test_matches_numpy_elsewhere(self, shape, block_size):
+    self._check_matches_numpy(shape, block_size)
+
+  def _check_matches_numpy(self, shape, block_size):
     mu, nu = _moments(jnp.zeros(shape), block_size)
     for t in range(1, 5):
       grad = _draw(shape, t)
@@ -97,8 +105,15 @@ class ReferenceTest(parameterized.TestCase):
 
 
 class KernelsTest(parameterized.TestCase):
-  @parameterized.parameters(((300, 256),), ((300, 333),), ((70_001,),))
-  def test_blocked_equals_the_reference(self, shape):
+  def test_blocked_equals_the_reference(self):
+    self._check_blocked_equals_the_reference((300, 333))
+
+  @parameterized.parameters(((300, 256),), ((70_001,),))
+  @pytest.mark.slow
+  def test_blocked_equals_the_reference_elsewhere(self, shape):
+    self._check_blocked_equals_the_reference(shape)
+
+  def _check_blocked_equals_the_reference(self, shape):
     """To the last bit, also where blocks or parts are padded."""
     outputs = []
     for name in ('xla', 'blocked'):
@@ -113,8 +128,14 @@ class KernelsTest(parameterized.TestCase):
       else:
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
-  @parameterized.parameters(((128, 512), 256), ((2, 128, 1280), 128))
-  def test_pallas_tpu_equals_the_reference(self, shape, width):
+  def test_pallas_tpu_equals_the_reference(self):
+    self._check_pallas_tpu_equals_the_reference((128, 512), 256)
+
+  @pytest.mark.slow
+  def test_pallas_tpu_equals_the_reference_of_three_axes(self):
+    self._check_pallas_tpu_equals_the_reference((2, 128, 1280), 128)
+
+  def _check_pallas_tpu_equals_the_reference(self, shape, width):
     grad = jnp.asarray(_draw(shape))
     mu = blockwise.quantize(grad, block_size=width)
     nu = blockwise.quantize(grad**2, blockwise.UNSIGNED, block_size=width)
