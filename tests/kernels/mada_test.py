@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2.kernels import lowering, mada
@@ -128,8 +129,15 @@ class MadaTest(parameterized.TestCase):
         gap = max(gap, np.abs(ends[0] - ends[1]).max())
       self.assertGreater(gap, 1e-2, msg=name)
 
-  @parameterized.parameters(1, 2, 7)
-  def test_slopes_are_those_of_autodiff(self, t):
+  def test_slopes_are_those_of_autodiff(self):
+    self._check_slopes_are_those_of_autodiff(7)
+
+  @parameterized.parameters(1, 2)
+  @pytest.mark.slow
+  def test_slopes_are_those_of_autodiff_elsewhere(self, t):
+    self._check_slopes_are_those_of_autodiff(t)
+
+  def _check_slopes_are_those_of_autodiff(self, t):
     """And of central differences; v-bar counts as constant."""
     family, settings, constants = _split({})
     tensor, g, later = _state(t, family)
@@ -278,8 +286,15 @@ class MadaTest(parameterized.TestCase):
         else:
           np.testing.assert_allclose(a, b, rtol=1e-12)
 
-  @parameterized.parameters(jnp.bfloat16, jnp.float32, jnp.float64)
-  def test_dtypes(self, dtype):
+  def test_dtypes(self):
+    self._check_dtypes(jnp.float32)
+
+  @parameterized.parameters(jnp.bfloat16, jnp.float64)
+  @pytest.mark.slow
+  def test_dtypes_elsewhere(self, dtype):
+    self._check_dtypes(dtype)
+
+  def _check_dtypes(self, dtype):
     """Moments keep theirs, the update has that of the gradient."""
     tensor, g, later = _state(7, None)
     wide = np.promote_types(dtype, np.float32)
@@ -314,12 +329,18 @@ class MadaTest(parameterized.TestCase):
 class BlockedTest(parameterized.TestCase):
   """The loop over blocks of the cache."""
 
+  def test_equals_the_reference(self):
+    self._check_equals_the_reference({}, INSIDE)
+
   @parameterized.named_parameters(
-    ('all', {}, INSIDE),
     ('released_init', {'released_init': True}, INSIDE),
     ('maximum', {'maximum': True}, INSIDE),
   )
-  def test_equals_the_reference(self, options, coefficients):
+  @pytest.mark.slow
+  def test_equals_the_reference_elsewhere(self, options, coefficients):
+    self._check_equals_the_reference(options, coefficients)
+
+  def _check_equals_the_reference(self, options, coefficients):
     settings = mada.Settings(**options)
     rng = np.random.default_rng(3)
     draw = lambda: jnp.asarray(rng.normal(size=(96, 128)), jnp.float32)
@@ -402,13 +423,19 @@ class PallasTest(parameterized.TestCase):
     )
     return moments, draw(), draw(), draw(), k
 
+  def test_equals_the_reference(self):
+    self._check_equals_the_reference((64, 256), 6, True)
+
   @parameterized.named_parameters(
-    ('all', (64, 256), 6, True),
     ('three_axes', (4, 16, 384), 6, True),
     ('one_gradient', (64, 256), 6, False),
     ('fixed', (16, 2048), 3, False),
   )
-  def test_equals_the_reference(self, shape, fields, has_hyper_grad):
+  @pytest.mark.slow
+  def test_equals_the_reference_elsewhere(self, shape, fields, has_hyper_grad):
+    self._check_equals_the_reference(shape, fields, has_hyper_grad)
+
+  def _check_equals_the_reference(self, shape, fields, has_hyper_grad):
     moments, grad, new, later, k = self._case(shape, fields)
     later = later if has_hyper_grad else None
     run = functools.partial(
