@@ -124,18 +124,27 @@ class WordsTest(parameterized.TestCase):
 class PlainTest(parameterized.TestCase):
   @parameterized.product(
     implementation=PLAIN,
+    # n, c, discard, own_steps.
+    case=((8, 8, 3, False), (5, 128, 0, True)),
+  )
+  def test_matches_loop(self, implementation, case):
+    self._check_loop(implementation, case)
+
+  @parameterized.product(
+    implementation=PLAIN,
     case=(
-      # n, c, discard, own_steps.
       (4, 4, 0, False),
-      (8, 8, 3, False),
       (40, 40, 37, False),
-      (5, 128, 0, True),
       (6, 130, 64, False),
       (7, 256, 100, False),
       (9, 300, 149, True),
     ),
   )
-  def test_matches_loop(self, implementation, case):
+  @pytest.mark.slow
+  def test_matches_loop_elsewhere(self, implementation, case):
+    self._check_loop(implementation, case)
+
+  def _check_loop(self, implementation, case):
     n, c, discard, own_steps = case
     args = problem(n, c, seed=n + c)
     settings = dict(beta=4.0, discard=discard, own_steps=own_steps)
@@ -325,6 +334,7 @@ class PlainTest(parameterized.TestCase):
     want = run(problem(8, 140), discard=9)
     assert_same(run(problem(8, 140, dtype=dtype), discard=9), want)
 
+  @pytest.mark.slow
   def test_float64_is_read_as_float32(self):
     with jax.enable_x64(True):
       got = run(problem(8, 20, dtype='float64'), discard=9)
@@ -462,13 +472,21 @@ def lowered(spec, fn, platform, kind=None):
 
 
 class TpuKernelTest(parameterized.TestCase):
+  def test_interpreted_matches_loop(self):
+    self._check_interpreted_matches_loop(5, 300, 20, 149, False, 'float32')
+
   @parameterized.parameters(
     # n, c, d, discard, own_steps, dtype.
     (20, 70, 8, 30, False, 'bfloat16'),
     (130, 130, 8, 129, True, 'float32'),
-    (5, 300, 20, 149, False, 'float32'),
   )
-  def test_interpreted_matches_loop(self, n, c, d, discard, own_steps, dtype):
+  @pytest.mark.slow
+  def test_interpreted_matches_loop_elsewhere(
+    self, n, c, d, discard, own_steps, dtype
+  ):
+    self._check_interpreted_matches_loop(n, c, d, discard, own_steps, dtype)
+
+  def _check_interpreted_matches_loop(self, n, c, d, discard, own_steps, dtype):
     args = problem(n, c, d=d, seed=n, dtype=dtype)
     settings = dict(discard=discard, own_steps=own_steps)
     got = jax.jit(
@@ -476,13 +494,20 @@ class TpuKernelTest(parameterized.TestCase):
     )(*args, jnp.float32(4))
     assert_same(got, oracle(*args, beta=4.0, **settings))
 
-  @parameterized.product(spec=list(SPECS), kind=('TPU v6 lite',))
-  def test_lowers(self, spec, kind):
-    spec = SPECS[spec]
+  def test_lowers(self):
+    self._check_lowering('imagenet100_resnet50')
+
+  @parameterized.parameters(*SPECS)
+  @pytest.mark.slow
+  def test_lowers_at_all_shapes(self, name):
+    self._check_lowering(name)
+
+  def _check_lowering(self, name):
+    spec = SPECS[name]
     fn = functools.partial(
       metropolis, inverse_temperature=4.0, discard=spec.discard
     )
-    text = lowered(spec, fn, 'tpu', kind).as_text()
+    text = lowered(spec, fn, 'tpu', 'TPU v6 lite').as_text()
     self.assertEqual(text.count('@tpu_custom_call'), 1)
     self.assertEqual(text.count('kernel_name = "metropolis"'), 1)
 
@@ -527,12 +552,16 @@ class GpuKernelTest(parameterized.TestCase):
     # Many features leave room for few chains.
     self.assertEqual(chains(8192, 1024), 16)
 
-  @parameterized.parameters(
-    *((spec, 'NVIDIA H200') for spec in SPECS),
-    ('imagenet100_resnet50', 'NVIDIA H100 80GB HBM3'),
-  )
-  def test_lowers(self, spec, kind):
-    spec = SPECS[spec]
+  def test_lowers(self):
+    self._check_lowering('imagenet100_resnet50', 'NVIDIA H100 80GB HBM3')
+
+  @parameterized.parameters(*SPECS)
+  @pytest.mark.slow
+  def test_lowers_at_all_shapes(self, name):
+    self._check_lowering(name, 'NVIDIA H200')
+
+  def _check_lowering(self, name, kind):
+    spec = SPECS[name]
     fn = functools.partial(
       metropolis, inverse_temperature=4.0, discard=spec.discard
     )
