@@ -26,6 +26,7 @@ BENCHMARKS = (
   'contrastive',
   'ds_facto',
   'ds_mlr',
+  'krylov',
   'lda',
   'mada',
   'thomson',
