@@ -6,6 +6,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -111,20 +112,29 @@ class TpuKernelTest(parameterized.TestCase):
     self.enter_context(mock.patch.object(pallas_tpu, '_UNROLL', 1))
 
   @parameterized.named_parameters(
-    ('two_points', 2, None, 3, (), 1.0),
     ('tiles', 600, None, 3, (), 1.0),
-    ('chains', 70, None, 3, (2, 3), 1.0),
     ('visitors', 130, 700, 3, (), 1.0),
-    ('few_visitors', 520, 3, 3, (2,), 1.0),
     ('logarithmic', 300, None, 3, (), 0.0),
+    ('products_in_tiles', 600, None, 24, (), 1.0),
+  )
+  def test_matches_float64(self, n, m, k, batch, exponent):
+    self._check_matches_float64(n, m, k, batch, exponent)
+
+  @parameterized.named_parameters(
+    ('two_points', 2, None, 3, (), 1.0),
+    ('chains', 70, None, 3, (2, 3), 1.0),
+    ('few_visitors', 520, 3, 3, (2,), 1.0),
     ('fractional', 40, 30, 2, (), 2.5),
     ('last_by_differences', 130, None, 8, (), 1.0),
     ('first_by_products', 130, None, 9, (), 1.0),
-    ('products_in_tiles', 600, None, 24, (), 1.0),
     ('products_of_visitors', 30, 550, 24, (2,), 3.0),
     ('logarithmic_products', 300, None, 12, (), 0.0),
   )
-  def test_matches_float64(self, n, m, k, batch, exponent):
+  @pytest.mark.slow
+  def test_matches_float64_elsewhere(self, n, m, k, batch, exponent):
+    self._check_matches_float64(n, m, k, batch, exponent)
+
+  def _check_matches_float64(self, n, m, k, batch, exponent):
     rows, columns = problem(n, m, k, batch, seed=n)
     got = run(pallas_tpu, rows, columns, exponent)
     assert_close(got, oracle(rows, columns, exponent), 4e-6)
@@ -142,6 +152,7 @@ class TpuKernelTest(parameterized.TestCase):
     potential, _ = run(pallas_tpu, rows, rows, 1.0)
     self.assertGreater(np.asarray(potential).min(), 1e3)
 
+  @pytest.mark.slow
   def test_bfloat16_is_computed_in_float32(self):
     rows, columns = problem(40, 30, dtype='bfloat16')
     got = run(pallas_tpu, rows, columns, 1.0)
@@ -171,21 +182,36 @@ class GpuKernelTest(parameterized.TestCase):
   """Interpreted."""
 
   @parameterized.named_parameters(
+    ('parts', 140, None, 3, (), 1.0), ('logarithmic', 40, None, 4, (), 0.0)
+  )
+  def test_matches_float64(self, n, m, k, batch, exponent):
+    self._check_matches_float64(n, m, k, batch, exponent)
+
+  @parameterized.named_parameters(
     ('two_points', 2, None, 3, (), 1.0),
-    ('parts', 140, None, 3, (), 1.0),
     ('chains', 70, None, 3, (2, 1), 2.0),
     ('visitors', 20, 150, 3, (), 1.0),
-    ('logarithmic', 40, None, 4, (), 0.0),
     ('fractional', 30, 40, 2, (2,), 0.5),
     ('many_dimensions', 30, None, 24, (), 3.0),
   )
-  def test_matches_float64(self, n, m, k, batch, exponent):
+  @pytest.mark.slow
+  def test_matches_float64_elsewhere(self, n, m, k, batch, exponent):
+    self._check_matches_float64(n, m, k, batch, exponent)
+
+  def _check_matches_float64(self, n, m, k, batch, exponent):
     rows, columns = problem(n, m, k, batch, seed=n)
     got = run(pallas_gpu, rows, columns, exponent)
     assert_close(got, oracle(rows, columns, exponent), 2e-6)
 
-  @parameterized.parameters((None, 1.0), (30, 0.0), (30, 0.5))
-  def test_float64(self, m, exponent):
+  def test_float64(self):
+    self._check_float64(30, 0.0)
+
+  @parameterized.parameters((None, 1.0), (30, 0.5))
+  @pytest.mark.slow
+  def test_float64_elsewhere(self, m, exponent):
+    self._check_float64(m, exponent)
+
+  def _check_float64(self, m, exponent):
     # For all threads: the interpreter calls back from others than this.
     jax.config.update('jax_enable_x64', True)
     self.addCleanup(jax.config.update, 'jax_enable_x64', False)
@@ -194,6 +220,7 @@ class GpuKernelTest(parameterized.TestCase):
     self.assertEqual(got[0].dtype, jnp.float64)
     assert_close(got, oracle(rows, columns, exponent), 1e-13)
 
+  @pytest.mark.slow
   def test_bfloat16_is_computed_in_float32(self):
     rows, columns = problem(40, 30, dtype='bfloat16')
     got = run(pallas_gpu, rows, columns, 1.0)
@@ -206,13 +233,21 @@ class GpuKernelTest(parameterized.TestCase):
     potential, _ = run(pallas_gpu, rows, rows, 1.0)
     self.assertGreater(np.asarray(potential).min(), 1e3)
 
+  def test_plan_does_not_matter(self):
+    self._check_plan_does_not_matter(
+      {'_PROCESSORS': 0, '_BLOCKS': 1, '_TILE': 64}
+    )
+
   @parameterized.named_parameters(
     # More rows to a thread, and more than one tile to a part.
     ('rows', {'_PROCESSORS': 0}),
     ('steps', {'_BLOCKS': 1, '_TILE': 64}),
-    ('both', {'_PROCESSORS': 0, '_BLOCKS': 1, '_TILE': 64}),
   )
-  def test_plan_does_not_matter(self, constants):
+  @pytest.mark.slow
+  def test_plan_does_not_matter_elsewhere(self, constants):
+    self._check_plan_does_not_matter(constants)
+
+  def _check_plan_does_not_matter(self, constants):
     rows, _ = problem(140)
     plan = lambda: pallas_gpu._plan(1, 140, 140, 3, 4)
     before = plan()
@@ -263,8 +298,16 @@ class LoweringTest(parameterized.TestCase):
     self.assertEqual(text.count('@tpu_custom_call'), 1)
     self.assertEqual(text.count('kernel_name = "riesz"'), 1)
 
-  @parameterized.parameters(*sorted(SPECS))
+  @parameterized.parameters('thomson_470', 'thomson_470_float64')
   def test_gpu(self, name):
+    self._check_gpu(name)
+
+  @parameterized.parameters(*sorted(SPECS))
+  @pytest.mark.slow
+  def test_gpu_at_all_shapes(self, name):
+    self._check_gpu(name)
+
+  def _check_gpu(self, name):
     text = self._text(name, 'cuda', 'NVIDIA H200')
     calls = [line for line in text.splitlines() if '@mosaic_gpu' in line]
     self.assertLen(calls, 1)
