@@ -15,7 +15,8 @@ from emc2.kernels import riesz
 from emc2.kernels.riesz import reference
 from emc2.kernels.riesz.specs import SPECS
 
-EXPONENTS = (0.0, 0.5, 1.0, 2.0, 3.0, 12.0)
+EXPONENTS = (0.0, 1.0, 3.0)
+OTHERS = (0.5, 2.0, 12.0)
 
 
 def oracle(rows, columns, exponent):
@@ -62,6 +63,14 @@ class Float64TestCase(parameterized.TestCase):
 class ForwardTest(Float64TestCase):
   @parameterized.product(exponent=EXPONENTS, shape=[(2, 2), (200, 3)])
   def test_among(self, exponent, shape):
+    self._check_among(exponent, shape)
+
+  @parameterized.product(exponent=OTHERS, shape=[(2, 2), (200, 3)])
+  @pytest.mark.slow
+  def test_among_elsewhere(self, exponent, shape):
+    self._check_among(exponent, shape)
+
+  def _check_among(self, exponent, shape):
     x = sphere(*shape)
     got = jax.jit(functools.partial(riesz.riesz, exponent=exponent))(x)
     potential, gradient = oracle(x, None, exponent)
@@ -78,8 +87,16 @@ class ForwardTest(Float64TestCase):
     self.assertLess(error(got.potential, potential), 1e-12)
     self.assertLess(error(got.gradient, gradient), 1e-12)
 
-  @parameterized.product(exponent=(0.0, 1.0, 2.5), sizes=[(5, 3), (1, 300)])
+  @parameterized.product(exponent=(1.0,), sizes=[(5, 3), (1, 300)])
   def test_between(self, exponent, sizes):
+    self._check_between(exponent, sizes)
+
+  @parameterized.product(exponent=(0.0, 2.5), sizes=[(5, 3), (1, 300)])
+  @pytest.mark.slow
+  def test_between_elsewhere(self, exponent, sizes):
+    self._check_between(exponent, sizes)
+
+  def _check_between(self, exponent, sizes):
     n, m = sizes
     x = sphere(n + m, 3)
     got = riesz.riesz(x[:n], x[n:], exponent=exponent)
