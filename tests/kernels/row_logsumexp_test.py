@@ -100,15 +100,24 @@ def whole(want):
 class ReferenceTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('two_images', 4, 4, 3, 1.0, True),
-    ('all_rows', 18, 18, 8, 20.0, True),
     ('a_shard', 5, 14, 8, 20.0, True),
-    ('one_row', 1, 6, 8, 20.0, True),
     ('not_unit', 12, 12, 8, 3.0, False),
-    ('cold', 12, 16, 8, 200.0, True),
-    ('cold_and_not_unit', 12, 16, 8, 200.0, False),
     ('blocks', 600, 4200, 5, 20.0, True),
   )
   def test_matches_float64(self, n, c, d, scale, unit):
+    self._check_matches_float64(n, c, d, scale, unit)
+
+  @parameterized.named_parameters(
+    ('all_rows', 18, 18, 8, 20.0, True),
+    ('one_row', 1, 6, 8, 20.0, True),
+    ('cold', 12, 16, 8, 200.0, True),
+    ('cold_and_not_unit', 12, 16, 8, 200.0, False),
+  )
+  @pytest.mark.slow
+  def test_matches_float64_elsewhere(self, n, c, d, scale, unit):
+    self._check_matches_float64(n, c, d, scale, unit)
+
+  def _check_matches_float64(self, n, c, d, scale, unit):
     args = problem(n, c, d, scale, unit=unit)
     # Logits of hundreds carry the rounding of float32 into probabilities.
     tolerance = 1e-5 if scale < 100 else 2e-3
@@ -169,6 +178,7 @@ class ReferenceTest(parameterized.TestCase):
     (d_scale,) = vjp(type(out)(jnp.ones_like(out.value), zeros))
     np.testing.assert_array_equal(d_scale, out.mean)
 
+  @pytest.mark.slow
   def test_shards_of_rows_make_up_the_whole(self):
     args = problem(24, 24, 8)
     rows, columns, position, scale, cotangent = args
@@ -222,6 +232,7 @@ class ReferenceTest(parameterized.TestCase):
     tangent = d_got - columns * jnp.sum(d_got * columns, 1, keepdims=True)
     np.testing.assert_allclose(tangent, d_want, atol=1e-5)
 
+  @pytest.mark.slow
   def test_decoupled_gradient_scales_ntxent_row_by_row(self):
     # d NT-Xent_a = (1 - p_a^+) d decoupled_a, p^+ that of the positive.
     rows, columns, position, _, _ = problem(8, 8, 6)
@@ -415,13 +426,17 @@ class LoweringTest(parameterized.TestCase):
     text = self._text(spec, 'tpu', kind)
     self._assert_kernels(text, '@tpu_custom_call', spec)
 
-  @parameterized.product(
-    name=sorted(set(SPECS) - {'stl10_resnet18'}),
-    kind=('NVIDIA H200',),
-  )
-  def test_gpu(self, name, kind):
+  def test_gpu(self):
+    self._check_gpu('imagenet100_resnet50')
+
+  @parameterized.parameters(*sorted(set(SPECS) - {'stl10_resnet18'}))
+  @pytest.mark.slow
+  def test_gpu_at_all_shapes(self, name):
+    self._check_gpu(name)
+
+  def _check_gpu(self, name):
     spec = SPECS[name]
-    text = self._text(spec, 'cuda', kind)
+    text = self._text(spec, 'cuda', 'NVIDIA H200')
     self._assert_kernels(text, '@mosaic_gpu', spec)
 
   @parameterized.named_parameters(
@@ -485,20 +500,34 @@ class TpuKernelTest(parameterized.TestCase):
     return value, mean, d_rows, d_columns, cotangent * mean
 
   @parameterized.named_parameters(
+    ('a_shard', 20, 40, 16, 20.0), ('tiles', 300, 1100, 16, 20.0)
+  )
+  def test_matches_float64(self, n, c, d, scale):
+    self._check_matches_float64(n, c, d, scale)
+
+  @parameterized.named_parameters(
     ('two_images', 4, 4, 3, 1.0),
     ('one_tile', 64, 64, 128, 20.0),
-    ('a_shard', 20, 40, 16, 20.0),
-    ('tiles', 300, 1100, 16, 20.0),
     ('cold', 64, 96, 16, 200.0),
     ('many_features', 16, 24, 1100, 20.0),
   )
-  def test_matches_float64(self, n, c, d, scale):
+  @pytest.mark.slow
+  def test_matches_float64_elsewhere(self, n, c, d, scale):
+    self._check_matches_float64(n, c, d, scale)
+
+  def _check_matches_float64(self, n, c, d, scale):
     args = problem(n, c, d, scale)
     tolerance = 1e-5 if scale < 100 else 2e-3
     assert_close(self._run(*args), oracle(*args), tolerance)
 
-  @parameterized.parameters((4, 3), (600, 16))
-  def test_rows_that_are_all_columns(self, n, d):
+  def test_rows_that_are_all_columns(self):
+    self._check_rows_that_are_all_columns(4, 3)
+
+  @pytest.mark.slow
+  def test_rows_that_are_all_columns_of_many_tiles(self):
+    self._check_rows_that_are_all_columns(600, 16)
+
+  def _check_rows_that_are_all_columns(self, n, d):
     rows, _, position, *rest = args = problem(n, n, d)
     got = self._run(rows, None, position, *rest)
     assert_close(got, whole(oracle(*args)), 1e-5)
@@ -509,6 +538,7 @@ class TpuKernelTest(parameterized.TestCase):
     args = columns, columns, jnp.arange(4), 200 * ones, ones
     assert_close(self._run(*args), oracle(*args), 1e-5)
 
+  @pytest.mark.slow
   def test_bfloat16(self):
     args = problem(64, 96, 32, 10.0, 'bfloat16')
     got, want = self._run(*args), oracle(*args)
@@ -580,13 +610,21 @@ class GpuKernelTest(parameterized.TestCase):
 class DeviceTest(parameterized.TestCase):
   """Each named implementation, compiled and run where its chip is here."""
 
+  @parameterized.parameters(*devices.runnable())
+  def test_matches_float64(self, implementation, platform):
+    self._check_float64(implementation, platform, 'float32', 64, 64, 128)
+
   @parameterized.parameters(
     (name, platform, dtype, *shape)
     for name, platform in devices.runnable()
     for dtype in ('float32', 'bfloat16')
     for shape in ((64, 64, 128), (100, 330, 40), (512, 512, 128), (8, 8, 256))
   )
-  def test_matches_float64(self, implementation, platform, dtype, n, c, d):
+  @pytest.mark.slow
+  def test_matches_float64_at_all_shapes(self, *case):
+    self._check_float64(*case)
+
+  def _check_float64(self, implementation, platform, dtype, n, c, d):
     args = problem(n, c, d, 20.0, dtype)
     with jax.default_device(jax.devices(platform)[0]):
       args = jax.device_put(args)
