@@ -99,6 +99,7 @@ class ReferenceTest(parameterized.TestCase):
     assert_close(kept, want[1:])
 
   @parameterized.parameters(*MODES)
+  @pytest.mark.slow
   def test_float64(self, normalizer):
     with jax.enable_x64(True), mock.patch.object(reference, 'TILE', 1):
       args = problem(30, 5, 7, wide='float64', dtype='float64')
@@ -107,6 +108,7 @@ class ReferenceTest(parameterized.TestCase):
       self.assertEqual({x.dtype.name for x in got}, {'float64'})
       assert_close(got, oracle(*args, normalizer), 1e-13)
 
+  @pytest.mark.slow
   def test_narrow_features_are_widened(self):
     args = problem(30, 5, 7, dtype='bfloat16')
     fn = jax.jit(softmax_block)
@@ -192,10 +194,16 @@ class PaddingTest(parameterized.TestCase):
     np.testing.assert_array_equal(found.logsumexp, -np.inf)
     np.testing.assert_array_equal(found.label_scores, 0)
 
-  @parameterized.parameters(
-    ('frozen', True), ('floor', False), ('joint', True), ('joint', False)
-  )
+  @parameterized.parameters(('frozen', True), ('floor', False))
   def test_empty_block(self, normalizer, known):
+    self._check_empty_block(normalizer, known)
+
+  @parameterized.parameters(('joint', True), ('joint', False))
+  @pytest.mark.slow
+  def test_empty_block_elsewhere(self, normalizer, known):
+    self._check_empty_block(normalizer, known)
+
+  def _check_empty_block(self, normalizer, known):
     for fn in (plain, tpu):
       self._assert_empty(functools.partial(fn, normalizer=normalizer), known)
 
@@ -317,15 +325,21 @@ class LoweringTest(parameterized.TestCase):
     self.assertEqual(text.count(TARGETS[platform]), 1)
     self.assertIn('softmax_block_scores', text)
 
+  @parameterized.parameters(('tpu', 'embeddings'), ('cpu', 'embeddings'))
+  def test_no_array_of_scores(self, platform, name):
+    self._check_no_array_of_scores(platform, name)
+
   @parameterized.parameters(
-    ('tpu', 'embeddings'),
     ('tpu', 'youtube8m'),
     ('tpu', 'youtube8m_whole'),
     ('cuda', 'embeddings'),
-    ('cpu', 'embeddings'),
     ('cpu', 'youtube8m'),
   )
-  def test_no_array_of_scores(self, platform, name):
+  @pytest.mark.slow
+  def test_no_array_of_scores_elsewhere(self, platform, name):
+    self._check_no_array_of_scores(platform, name)
+
+  def _check_no_array_of_scores(self, platform, name):
     spec = SPECS[name]
     text = self._text(name, platform, normalizer='joint')
     self.assertFalse(holds_scores(text, spec))
@@ -363,8 +377,14 @@ class LoweringTest(parameterized.TestCase):
       with self.assertRaisesRegex(NotImplementedError, f'{name}: .*{message}'):
         self._text(spec, platform, kind, fn=fn, implementation=name)
 
-  @parameterized.parameters(('tpu', 1), ('cuda', 2))
-  def test_workers_share_their_kernels(self, platform, count):
+  def test_workers_share_their_kernels(self):
+    self._check_workers_share_their_kernels('tpu', 1)
+
+  @pytest.mark.slow
+  def test_workers_share_their_kernels_for_a_gpu(self):
+    self._check_workers_share_their_kernels('cuda', 2)
+
+  def _check_workers_share_their_kernels(self, platform, count):
     args = jax.eval_shape(lambda: problem(80, 20, 70))
     stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in args]
     fn = jax.vmap(softmax_block, axis_name='ring')
@@ -385,10 +405,18 @@ def tpu(*args, **settings):
 class TpuKernelTest(parameterized.TestCase):
   """Interpreted: what lies beyond the ends of an array is NaN."""
 
+  @parameterized.parameters((1, 1, 1, 1), (300, 130, 30, 27))
+  def test_matches_reference(self, *shape):
+    self._check_reference(shape, 'joint')
+
   @parameterized.product(
-    shape=((1, 1, 1, 1), (300, 130, 30, 27)), normalizer=MODES
+    shape=((1, 1, 1, 1), (300, 130, 30, 27)), normalizer=('frozen', 'floor')
   )
-  def test_matches_reference(self, shape, normalizer):
+  @pytest.mark.slow
+  def test_matches_reference_elsewhere(self, shape, normalizer):
+    self._check_reference(shape, normalizer)
+
+  def _check_reference(self, shape, normalizer):
     args = problem(*shape)
     with mock.patch.object(pallas_tpu, '_MAX_ROWS', 128):
       got = tpu(*args, normalizer=normalizer)
@@ -410,6 +438,7 @@ class TpuKernelTest(parameterized.TestCase):
     assert_close(got, want[1:])
 
   @parameterized.parameters('float32', 'bfloat16')
+  @pytest.mark.slow
   def test_narrow_features(self, dtype):
     x, w, *rest = problem(70, 20, 30, dtype='bfloat16')
     args = x, w.astype(dtype), *rest
