@@ -78,15 +78,24 @@ def plain(doc_weights, word_weights, counts):
 
 class ReferenceTest(parameterized.TestCase):
   @parameterized.named_parameters(
-    ('one_pair', 1, 1, 2, 1.0),
     ('one_block', 30, 20, 5, 0.1),
-    ('one_word', 40, 1, 3, 0.5),
-    ('one_document', 1, 40, 3, 0.5),
     ('blocks', 600, 33, 16, 0.1),
     ('many_topics', 40, 50, 300, 0.1),
-    ('no_counts', 8, 8, 4, 0.0),
   )
   def test_matches_float64(self, n_d, n_v, k, density):
+    self._check_matches_float64(n_d, n_v, k, density)
+
+  @parameterized.named_parameters(
+    ('one_pair', 1, 1, 2, 1.0),
+    ('one_word', 40, 1, 3, 0.5),
+    ('one_document', 1, 40, 3, 0.5),
+    ('no_counts', 8, 8, 4, 0.0),
+  )
+  @pytest.mark.slow
+  def test_matches_float64_elsewhere(self, n_d, n_v, k, density):
+    self._check_matches_float64(n_d, n_v, k, density)
+
+  def _check_matches_float64(self, n_d, n_v, k, density):
     args = problem(n_d, n_v, k, density=density)
     assert_close(jax.jit(topic_tile)(*args), oracle(*args))
 
@@ -120,8 +129,14 @@ class ReferenceTest(parameterized.TestCase):
     for leaf in got:
       self.assertEqual(leaf.dtype, jnp.float32)
 
-  @parameterized.parameters(16, 256)
-  def test_errs_no_more_than_plain_jax(self, k):
+  def test_errs_no_more_than_plain_jax(self):
+    self._check_errs_no_more_than_plain_jax(16)
+
+  @pytest.mark.slow
+  def test_errs_no_more_than_plain_jax_elsewhere(self):
+    self._check_errs_no_more_than_plain_jax(256)
+
+  def _check_errs_no_more_than_plain_jax(self, k):
     args = problem(300, 100, k)
     want = oracle(*args)
     for got, other in zip(
@@ -291,10 +306,14 @@ class LoweringTest(parameterized.TestCase):
     self.assertEqual(text.count('@tpu_custom_call'), 1)
     self.assertEqual(text.count('kernel_name = "topic_tile"'), 1)
 
-  @parameterized.parameters(
-    ('ap_64_topics', 'auto'), ('nytimes_shard_256_topics', 'pallas_gpu')
-  )
-  def test_gpu(self, name, implementation):
+  def test_gpu(self):
+    self._check_gpu('ap_64_topics', 'auto')
+
+  @pytest.mark.slow
+  def test_gpu_elsewhere(self):
+    self._check_gpu('nytimes_shard_256_topics', 'pallas_gpu')
+
+  def _check_gpu(self, name, implementation):
     text = self._text(name, 'cuda', implementation=implementation)
     calls = [line for line in text.splitlines() if '@mosaic_gpu' in line]
     self.assertLen(calls, 2)
@@ -345,14 +364,22 @@ class TpuKernelTest(parameterized.TestCase):
     return jax.jit(fn)(*args)
 
   @parameterized.named_parameters(
-    ('one_pair', 1, 1, 2, 'float32'),
-    ('one_tile', 128, 128, 128, 'float32'),
-    ('ragged', 140, 600, 5, 'float32'),
-    ('ragged_bytes', 70, 600, 130, 'uint8'),
-    ('many_blocks', 270, 70, 3, 'bfloat16'),
-    ('many_topics', 20, 300, 600, 'int8'),
+    ('ragged', 140, 600, 5, 'float32'), ('many_topics', 20, 300, 600, 'int8')
   )
   def test_matches_float64(self, n_d, n_v, k, dtype):
+    self._check_matches_float64(n_d, n_v, k, dtype)
+
+  @parameterized.named_parameters(
+    ('one_pair', 1, 1, 2, 'float32'),
+    ('one_tile', 128, 128, 128, 'float32'),
+    ('ragged_bytes', 70, 600, 130, 'uint8'),
+    ('many_blocks', 270, 70, 3, 'bfloat16'),
+  )
+  @pytest.mark.slow
+  def test_matches_float64_elsewhere(self, n_d, n_v, k, dtype):
+    self._check_matches_float64(n_d, n_v, k, dtype)
+
+  def _check_matches_float64(self, n_d, n_v, k, dtype):
     args = problem(n_d, n_v, k, dtype)
     assert_close(self._run(*args), oracle(*args))
 
@@ -449,16 +476,20 @@ class GpuKernelTest(parameterized.TestCase):
 class DeviceTest(parameterized.TestCase):
   """Each named implementation, compiled and run where its chip is here."""
 
+  @parameterized.parameters(*devices.runnable())
+  def test_matches_float64(self, name, platform):
+    self._check_float64(name, platform, 64, 64, 16, 'float32')
+
   @parameterized.parameters(
     (*which, *shape)
     for which in devices.runnable()
-    for shape in (
-      (64, 64, 16, 'float32'),
-      (300, 700, 100, 'uint8'),
-      (130, 70, 250, 'bfloat16'),
-    )
+    for shape in ((300, 700, 100, 'uint8'), (130, 70, 250, 'bfloat16'))
   )
-  def test_matches_float64(self, name, platform, n_d, n_v, k, dtype):
+  @pytest.mark.slow
+  def test_matches_float64_elsewhere(self, *case):
+    self._check_float64(*case)
+
+  def _check_float64(self, name, platform, n_d, n_v, k, dtype):
     with jax.default_device(jax.devices(platform)[0]):
       args = problem(n_d, n_v, k, dtype)
       got = jax.jit(functools.partial(topic_tile, implementation=name))(*args)
