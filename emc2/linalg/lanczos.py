@@ -83,11 +83,12 @@ def lanczos(
       holds anything but floating numbers.
 
   Examples:
-    >>> scale = jnp.array([1.0, 2.0, 3.0])
-    >>> found = lanczos(lambda v: scale * v, jnp.array([1.0, 1.0, 0.0]), 3)
-    >>> found.num_steps, found.diagonal.round(3), found.off_diagonal.round(3)
-    (Array(2, dtype=int32), Array([1.5, 1.5, 0. ], dtype=float32),
-     Array([0.5, 0. , 0. ], dtype=float32))
+    >>> h = jnp.array([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 5.0]])
+    >>> found = lanczos(lambda v: h @ v, jnp.array([3.0, 0.0, 0.0]), 3)
+    >>> found.diagonal, found.off_diagonal
+    (Array([2., 2., 0.], dtype=float32), Array([1., 0., 0.], dtype=float32))
+    >>> found.norm, found.num_steps
+    (Array(3., dtype=float32), Array(2, dtype=int32))
 
   References:
     Golub and Van Loan, *Matrix Computations*, 4th edition, 2013, Section 10.3.
