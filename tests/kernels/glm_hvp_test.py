@@ -6,6 +6,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -86,6 +87,16 @@ def run(fn, *args, **settings):
   return jax.jit(functools.partial(fn, **settings))(*args)
 
 
+@jax.jit
+def plain(features, curvature, vector):
+  scores = features @ vector
+  return features.T @ (curvature * scores), scores
+
+
+def error(got, want):
+  return np.linalg.norm(np.asarray(got, np.float64) - want)
+
+
 def small_tiles(self):
   """Lets every shape that fits have several tiles of the TPU and the CPU."""
   for module, sizes in (
@@ -154,14 +165,11 @@ class DenseTest(parameterized.TestCase):
     np.testing.assert_allclose(got.scores, want, atol=1e-5)
 
   def test_tiles_err_no_more_than_plain_jax(self):
-    args = problem(40_000, 20)
-    args = jnp.abs(args[0]), jnp.abs(args[1]), jnp.abs(args[2])
+    args = [jnp.abs(x) for x in problem(20_000, 20)]
     want = oracle(*args)
-    plain = jax.jit(lambda a, c, v: (a.T @ (c * (a @ v)), a @ v))(*args)
     got = run(glm_hvp, *args, implementation='blocked')
-    for mine, other, w in zip(got, plain, want, strict=True):
-      error = lambda x, w=w: np.abs(np.asarray(x, np.float64) - w).max()
-      self.assertLessEqual(error(mine), error(other))
+    for mine, other, w in zip(got, plain(*args), want, strict=True):
+      self.assertLess(error(mine, w), 2 * error(other, w))
 
 
 class VmapTest(parameterized.TestCase):
@@ -208,7 +216,7 @@ class VmapTest(parameterized.TestCase):
   def test_kernel_of_many(self):
     small_tiles(self)
     fn = functools.partial(pallas_tpu.dense, interpret=True)
-    sets = [problem(200, 130, seed=seed) for seed in range(2)]
+    sets = [problem(200, 20, seed=seed) for seed in range(2)]
     got = jax.jit(jax.vmap(fn))(*map(jnp.stack, zip(*sets, strict=True)))
     for i, args in enumerate(sets):
       assert_close([x[i] for x in got], oracle(*args))
@@ -235,7 +243,7 @@ class PaddedTest(parameterized.TestCase):
   def test_narrow_values(self):
     ids, values, *rest = sparse_problem(3, 50, 9)
     args = ids, values.astype(jnp.bfloat16), *rest
-    got = glm_hvp_padded(*args)
+    got = run(glm_hvp_padded, *args)
     assert_close(got, sparse_oracle(*args))
     self.assertEqual(got.image.dtype, jnp.float32)
 
@@ -243,24 +251,23 @@ class PaddedTest(parameterized.TestCase):
     with jax.enable_x64(True):
       args = sparse_problem(3, 50, 9)
       wide = (args[0], *(x.astype(jnp.float64) for x in args[1:]))
-      got = glm_hvp_padded(*wide)
+      got = run(glm_hvp_padded, *wide)
       assert_close(got, sparse_oracle(*args), 1e-14)
-      got = glm_hvp_padded(wide[0], None, *wide[2:])
+      got = run(glm_hvp_padded, wide[0], None, *wide[2:])
       assert_close(got, sparse_oracle(args[0], None, *args[2:]), 1e-14)
 
+  @pytest.mark.slow
   def test_errs_no_more_than_plain_jax(self):
     args = sparse_problem(4, 3000, 12)
     want = sparse_oracle(*args)
     dense = jnp.asarray(widen(*map(np.asarray, args[:2]), 12), jnp.float32)
-    plain = jax.jit(lambda a, c, v: (a.T @ (c * (a @ v)), a @ v))
-    plain = plain(dense, *args[2:])
+    others = plain(dense, *args[2:])
     for fn in (
       glm_hvp_padded,
       functools.partial(pallas_tpu.padded, interpret=True),
     ):
-      for mine, other, w in zip(run(fn, *args), plain, want, strict=True):
-        error = lambda x, w=w: np.abs(np.asarray(x, np.float64) - w).max()
-        self.assertLess(error(mine), 2 * error(other))
+      for mine, other, w in zip(run(fn, *args), others, want, strict=True):
+        self.assertLess(error(mine, w), 2 * error(other, w))
 
 
 class ShardMapTest(parameterized.TestCase):
@@ -328,8 +335,7 @@ class TpuKernelTest(parameterized.TestCase):
     (1, 1, 'float32', False),
     (300, 130, 'float32', True),  # One part with a tile less than the other.
     (384, 65, 'bfloat16', True),
-    (384, 128, 'float32', False),
-    (300, 300, 'float32', False),
+    (384, 128, 'float32', False),  # And all tiles full.
     (140, 256, 'bfloat16', False),
   )
   def test_dense(self, n, d, dtype, turned):
@@ -341,9 +347,8 @@ class TpuKernelTest(parameterized.TestCase):
     assert_close(got, run(reference.dense, *args))
 
   @parameterized.parameters(
-    (1, 1, 1, 'int32', None),
     (5, 300, 70, 'uint16', 'float32'),
-    (3, 384, 130, 'uint32', None),
+    (1, 128, 5, 'uint32', None),
   )
   def test_padded(self, w, n, d, ids, values):
     small_tiles(self)
@@ -352,16 +357,15 @@ class TpuKernelTest(parameterized.TestCase):
     assert_close(got, sparse_oracle(*args))
     assert_close(got, run(reference.padded, *args))
 
+  @pytest.mark.slow
   def test_errs_no_more_than_plain_jax(self):
     for d in (128, 20):  # Both of the two kernels.
       args = [jnp.abs(x) for x in problem(3000, d)]
       want = oracle(*args)
-      plain = jax.jit(lambda a, c, v: (a.T @ (c * (a @ v)), a @ v))(*args)
       got = run(pallas_tpu.dense, *args, interpret=True)
-      for mine, other, w in zip(got, plain, want, strict=True):
-        error = lambda x, w=w: np.abs(np.asarray(x, np.float64) - w).max()
+      for mine, other, w in zip(got, plain(*args), want, strict=True):
         # The interpreter sums 128 numbers one by one, which no chip does.
-        self.assertLess(error(mine), 4 * error(other))
+        self.assertLess(error(mine, w), 4 * error(other, w))
 
   @parameterized.product(
     n=(1, 128, 10**5), d=(1, 300, 4096, 8192), dtype=('float32', 'bfloat16')
@@ -410,7 +414,7 @@ class GpuKernelTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (5, 72, 'bfloat16', 1),  # All chunks and all tiles overlap.
-    (70, 36, 'float32', 3),  # The last block has a tile less.
+    (40, 36, 'float32', 2),  # The last block has a tile less.
   )
   def test_matches_float64(self, n, d, dtype, blocks):
     patch = mock.patch.multiple(pallas_gpu, _BLOCKS=1, _TILE_BYTES=1)
@@ -429,7 +433,7 @@ class GpuKernelTest(parameterized.TestCase):
     width, chunks, group, rows, stages = plan
     self.assertEqual((width % 32, group % 4, rows % group), (0, 0, 0))
     self.assertBetween(width * chunks, d, d + width - 1)
-    self.assertBetween(rows, 4, n)
+    self.assertBetween(rows, 4, min(n, 256))
     shared = stages * rows * chunks * width * itemsize + 4 * chunks * width
     self.assertLessEqual(shared, pallas_gpu._SHARED_BYTES)
 
@@ -459,23 +463,20 @@ class LoweringTest(parameterized.TestCase):
 
   @parameterized.parameters(
     *(('tpu', name) for name in sorted(SPECS)),
-    *(('cuda', name) for name in sorted(SPECS) if name != 'digits'),
+    *(('cuda', name) for name in ('w8a', 'embeddings_bfloat16', 'wide')),
   )
   def test_dense(self, platform, name):
-    self._assert_one(self._text(name, platform), platform, 'glm_hvp')
+    text = self._text(name, platform)
+    self._assert_one(text, platform, 'glm_hvp')
+    # A kernel takes the features as they are, or turned, as XLA has them then.
+    n, d, _ = SPECS[name]
+    made = [x for x in text.splitlines() if f'-> tensor<{n}x{d}x' in x]
+    self.assertEmpty([x for x in made if 'func' not in x])
 
   @parameterized.parameters(*sorted(PADDED_SPECS))
   def test_padded(self, name):
     text = self._text(name, 'tpu', fn=glm_hvp_padded)
     self._assert_one(text, 'tpu', 'glm_hvp_padded')
-
-  def test_features_are_not_copied(self):
-    # Apart from a turn that is none in memory, a kernel takes them as they are.
-    for platform, name in (('tpu', 'w8a'), ('tpu', 'wide'), ('cuda', 'w8a')):
-      n, d, _ = SPECS[name]
-      text = self._text(name, platform)
-      made = [x for x in text.splitlines() if f'-> tensor<{n}x{d}x' in x]
-      self.assertEmpty([x for x in made if 'func' not in x])
 
   @parameterized.parameters(
     ('digits', 'cuda', None),  # 65 features are no whole 16 bytes.

@@ -53,5 +53,6 @@ def dense(
     scores = jax.lax.dynamic_update_slice_in_dim(scores, tile, start, 0)
     return image + more, scores
 
-  zeros = jnp.zeros_like(vector), jnp.zeros_like(curvature)
-  return jax.lax.fori_loop(0, -(-n // rows), body, zeros)
+  # All scores are written.
+  first = jnp.zeros_like(vector), curvature
+  return jax.lax.fori_loop(0, -(-n // rows), body, first)

@@ -26,6 +26,7 @@ _MIN_FEATURES, _MAX_FEATURES = 32, 4096
 _COPIED = 16  # Bytes: the unit of the copy engine.
 _SUMS = 64  # Registers of a thread for sums, where that lets rows go together.
 _MAX_GROUP = 16  # Rows that go together.
+_MAX_ROWS = 256  # Of a tile: no copy has more.
 _STAGES = 3  # Tiles in flight; two are enough where one is large.
 _TILE_BYTES = 24 * 1024
 _SHARED_BYTES = 216 * 1024  # Of 227 KiB; the rest is for barriers.
@@ -64,7 +65,8 @@ def _plan(n, d, itemsize):
   ):
     group //= 2
   row = chunks * width * itemsize
-  rows = group * max(1, min(_TILE_BYTES // (group * row), n // group))
+  rows = min(_TILE_BYTES // row, _MAX_ROWS, n)
+  rows = group * max(1, rows // group)
   stages = _STAGES if (_STAGES + 1) * rows * row <= _SHARED_BYTES else 2
   return width, chunks, group, rows, stages
 
