@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from emc2 import csr
+from emc2.kernels import glm_hvp
 
-MAX_WIDTH = 16
+MAX_WIDTH = 8
 """How many entries one piece of a sum has at most."""
 
 _CHUNK = 4096
@@ -70,7 +71,7 @@ def matvec(features: Dense | Sparse, v: jax.Array) -> jax.Array:
     Array([11.], dtype=float32)
   """
   if isinstance(features, Dense):
-    return features.array @ v
+    return jnp.matmul(features.array, v, precision='highest')
   if not _lead(features):
     return _sums(features.rows, v)
   v = v.reshape(_lead(features)[1], -1)
@@ -93,7 +94,7 @@ def rmatvec(features: Dense | Sparse, t: jax.Array) -> jax.Array:
     Array([3., 6.], dtype=float32)
   """
   if isinstance(features, Dense):
-    return t @ features.array
+    return jnp.matmul(t, features.array, precision='highest')
   if not _lead(features):
     return _sums(features.columns, t)
   t = t.reshape(_lead(features)[0], -1)
@@ -188,6 +189,9 @@ def hvp(
     >>> hvp(features, jnp.array([0.5]), jnp.array([1.0, 1.0]))
     (Array([1.5, 3. ], dtype=float32), Array([3.], dtype=float32))
   """
+  if isinstance(features, Dense):
+    found = glm_hvp.glm_hvp(features.array, curvature, v)
+    return found.image, found.scores
   scores = matvec(features, v)
   return rmatvec(features, curvature * scores), scores
 
