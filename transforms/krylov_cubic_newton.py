@@ -62,7 +62,8 @@ def krylov_cubic_newton(
 
   where the last term is the rounding of the values. Each trial costs one value
   of f and no derivative. Any M above the Lipschitz constant of H passes, so
-  that on average there are no more than two trials.
+  that in the long run a step takes two trials at most. Stage updates by
+  :func:`jax.jit`: outside of it their loops are compiled each time.
 
   It is for smooth objectives whose gradients are exact: over the full batch, or
   over one large batch that stays. Where they are convex, the number of steps
@@ -80,9 +81,13 @@ def krylov_cubic_newton(
     `result` tells why: `CONVERGED` for a gradient of norm `gradient_tol` or
     less, `SEARCH_FAILED` after `max_trials` refusals, `NON_FINITE` for a value,
     gradient or Hessian with what is no number. They are the numbers 1, 2 and 3,
-    of :class:`emc2.newton.regularization.Result`. The same update would be 0
-    again: a loop may stop there. The authors' code takes the last trial though
+    of :class:`emc2.newton.regularization.Result`. The next update would be the
+    same: a loop may stop there. The authors' code takes the last trial though
     it was refused, and divides by a gradient of 0.
+
+  .. note::
+    M falls with each first trial that passes, and may end far below what
+    another objective needs. With the next large batch begin with a new state.
 
   Args:
     subspace_dim: m, from 1 to the number of entries of the params. 1 is
@@ -102,9 +107,10 @@ def krylov_cubic_newton(
       the Krylov space is rounding and the space is complete, at least 0.
       Static.
     axis_name: In :func:`jax.shard_map`, the mesh axes over which any leaf is
-      split; leaves that are whole along them count once, which only shows while
-      `check_vma` is on. None where each device has all of the params, and
-      under :func:`jax.jit` alone. `value_fn` and `hvp_fn` do their own sums.
+      split. Leaves that are whole along them count once; only types tell which,
+      so leave `check_vma` on. None where each device has all of the params,
+      and under :func:`jax.jit` alone. `value_fn` and `hvp_fn` do their own
+      sums.
 
   Returns:
     The transform. Its update takes the gradient, `params`, the objective there
@@ -124,12 +130,15 @@ def krylov_cubic_newton(
     >>> f = lambda x: jnp.sum(jnp.cosh(x * jnp.array([1.0, 2.0, 3.0])))
     >>> tx, x = krylov_cubic_newton(2), jnp.ones(3)
     >>> state = tx.init(x)
-    >>> for _ in range(9):
+    >>> @jax.jit
+    ... def step(x, state):
     ...   value, grads = jax.value_and_grad(f)(x)
     ...   updates, state = tx.update(
     ...     grads, state, x, value=value, value_fn=f
     ...   )
-    ...   x = optax.apply_updates(x, updates)
+    ...   return optax.apply_updates(x, updates), state
+    >>> for _ in range(9):
+    ...   x, state = step(x, state)
     >>> f(x).round(5), state.num_hvps
     (Array(3., dtype=float32), Array(18, dtype=int32))
 
@@ -214,10 +223,10 @@ def krylov_cubic_newton(
       axis_name=split or None,
       breakdown_tol=breakdown_tol,
     )
-    # All of it is 0 but for what is not finite, where a gradient is 0.
-    known = jnp.stack([*space.diagonal, *space.off_diagonal, space.norm])
-    finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(known))
+    known = (value, space.norm, space.diagonal, space.off_diagonal)
+    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in known]).all()
     goes = finite & (space.norm > jnp.asarray(gradient_tol).astype(dtype))
+    # Where no step is to be had the model is that of a gradient of 0.
     keep = lambda x: jnp.where(goes, x, jnp.zeros_like(x))
     norm = keep(space.norm)
     spectrum = cubic.tridiagonal_spectrum(

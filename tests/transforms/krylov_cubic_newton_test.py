@@ -252,6 +252,17 @@ class KrylovCubicNewtonTest(parameterized.TestCase):
       ends.append(np.stack([step.x for step in path]))
     self.assertGreater(np.abs(ends[0] - ends[1]).max(), 1e-2)
 
+  def test_conventions_agree(self):
+    """Half of M is as much in M / 3, in the state and in steps without it."""
+    make = transforms.krylov_cubic_newton
+    state = make(regularization=0.25, convention='third').init(jnp.zeros(10))
+    want = make(regularization=0.5).init(jnp.zeros(10))
+    jax.tree.map(np.testing.assert_array_equal, state, want)
+    got, _ = _follow(self.samples, self.start, **_WITHOUT_SEARCH)
+    options = {**_WITHOUT_SEARCH, 'regularization': 0.2, 'convention': 'sixth'}
+    path = _loop(self.derivatives, self.start, NUM_STEPS, **options)
+    np.testing.assert_allclose(got[-1], path[-1].x, rtol=0, atol=1e-9)
+
   def _check_model(self, samples, start, params, states):
     """The first step is at the optimum of the model in its space."""
     _, g, H = _derivatives(samples, start)
