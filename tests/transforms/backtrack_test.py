@@ -138,8 +138,16 @@ class BacktrackTest(parameterized.TestCase):
     # L-BFGS adds indices of two widths.
     self.enterContext(jax.numpy_dtype_promotion('standard'))
 
-  @parameterized.parameters(*OPTIONS)
+  @parameterized.parameters('plain', 'map')
   def test_matches_a_loop(self, name):
+    self._check_loop(name)
+
+  @parameterized.parameters(*sorted(OPTIONS.keys() - {'plain', 'map'}))
+  @pytest.mark.slow
+  def test_matches_a_loop_elsewhere(self, name):
+    self._check_loop(name)
+
+  def _check_loop(self, name):
     fn, value_and_grad = _quartic()
     points = coulomb.uniform(0, 4, 3, dtype=np.float64)
     want, value, stalled = _loop(value_and_grad, points, 40, **OPTIONS[name])
