@@ -55,6 +55,7 @@ class CornersTest(parameterized.TestCase):
   def test_adam(self):
     self._check(self._make(b2=0.9), optax.adam(0.1, b2=0.9, eps=1e-3))
 
+  @pytest.mark.slow
   def test_adam_decays_as_adamw(self):
     """Where the mask is left alone: matrices, not vectors."""
     tx = self._make(weight_decay=0.2)
@@ -62,6 +63,7 @@ class CornersTest(parameterized.TestCase):
     other = optax.adamw(0.1, b2=0.95, eps=1e-3, weight_decay=0.2, mask=mask)
     self._check(tx, other)
 
+  @pytest.mark.slow
   def test_adam_in_float32(self):
     noise = jax.tree.map(np.float32, _noise())
     with jax.numpy_dtype_promotion('standard'):
@@ -69,6 +71,7 @@ class CornersTest(parameterized.TestCase):
     got = _updates(self._make(), noise)
     self.assertLess(_gap(got, want), 1e-6)
 
+  @pytest.mark.slow
   def test_yogi(self):
     other = optax.chain(
       optax.scale_by_yogi(0.9, 0.95, 1e-3, initial_accumulator_value=0.0),
@@ -76,17 +79,24 @@ class CornersTest(parameterized.TestCase):
     )
     self._check(self._make(c=0.0), other)
 
+  def test_lion(self):
+    self._check_lion('lion', 0.5, 0.7, 0.5)
+
   @parameterized.parameters(
     ('lion', 0.95, 0.98, 0.95),
-    ('lion', 0.5, 0.7, 0.5),
     # The sign is drawn from what the momentum already holds.
     ('released', 0.95, 0.98, 0.931),
     ('released', 0.5, 0.7, 0.35),
   )
-  def test_lion(self, mode, b1, b2, want):
+  @pytest.mark.slow
+  def test_lion_elsewhere(self, mode, b1, b2, want):
+    self._check_lion(mode, b1, b2, want)
+
+  def _check_lion(self, mode, b1, b2, want):
     tx = self._make(gamma=0.0, lion_mode=mode, lion_b1=b1, lion_b2=b2)
     self._check(tx, optax.lion(0.1, b1=want, b2=b2, weight_decay=0.0))
 
+  @pytest.mark.slow
   def test_released_lion_is_another(self):
     noise = {
       'vector': np.float32(np.random.default_rng(0).normal(size=(20, 500)))
@@ -98,9 +108,11 @@ class CornersTest(parameterized.TestCase):
     share = np.mean(signs[0][10:] != signs[1][10:])
     np.testing.assert_allclose(share, 0.04, atol=0.03)
 
+  @pytest.mark.slow
   def test_avgrad(self):
     self._check(self._make(rho=0.0), transforms.avgrad(0.1, b2=0.95, eps=1e-3))
 
+  @pytest.mark.slow
   def test_amsgrad_where_nothing_is_corrected(self):
     """Optax keeps the maximum after the correction, which b2 near 0 drops."""
     tx = self._make(
@@ -143,6 +155,7 @@ class CornersTest(parameterized.TestCase):
 
 
 class LearningTest(parameterized.TestCase):
+  @pytest.mark.slow
   def test_goes_down(self):
     """A step against h lowers the next loss by delta times |h|^2."""
     with jax.enable_x64(True):
@@ -208,8 +221,14 @@ class LearningTest(parameterized.TestCase):
     self.assertTrue(np.all(np.isfinite(after.coefficients)))
     self.assertGreater(_gap(after.trace, state.trace), 0)
 
-  @parameterized.parameters(1e9, -1e9)
-  def test_stays_in_its_box(self, size):
+  def test_stays_in_its_box(self):
+    self._check_stays_in_its_box(1e9)
+
+  @pytest.mark.slow
+  def test_stays_in_its_box_elsewhere(self):
+    self._check_stays_in_its_box(-1e9)
+
+  def _check_stays_in_its_box(self, size):
     tx = transforms.scale_by_mada(
       0.1, **INSIDE, hyper_clip=None, hyper_learning_rate=1.0
     )
