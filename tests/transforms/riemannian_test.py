@@ -103,8 +103,16 @@ class CapRowsTest(parameterized.TestCase):
 
 
 class RetractTest(parameterized.TestCase):
-  @parameterized.product(dtype=(np.float32, np.float64), map=MAPS)
-  def test_lands_on_the_sphere(self, dtype, map):
+  @parameterized.parameters(*MAPS)
+  def test_lands_on_the_sphere(self, map):
+    self._check_landing(np.float32, map)
+
+  @parameterized.parameters(*MAPS)
+  @pytest.mark.slow
+  def test_lands_on_the_sphere_in_float64(self, map):
+    self._check_landing(np.float64, map)
+
+  def _check_landing(self, dtype, map):
     with jax.enable_x64(True):
       points = coulomb.uniform(0, 500, 3, dtype=dtype)
       vectors = coulomb.project(points, coulomb.uniform(1, 500, 3))
@@ -169,22 +177,31 @@ def _own():
 class TransportMomentumTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('trace', optax.trace(0.9), ('trace',)),
-    ('ema', optax.ema(0.9), ('ema',)),
     ('adam', optax.scale_by_adam(), ('mu',)),
+    ('ademamix', optax.contrib.scale_by_ademamix(), ('m1', 'm2')),
+    ('row_adam', transforms.scale_by_row_adam(), ('mu',)),
+  )
+  def test_what_moves(self, inner, fields):
+    self._check_what_moves(inner, fields)
+
+  @parameterized.named_parameters(
+    ('ema', optax.ema(0.9), ('ema',)),
     ('adan', optax.scale_by_adan(), ('m', 'v', 'g')),
     ('amsgrad', optax.scale_by_amsgrad(), ('mu',)),
     ('belief', optax.scale_by_belief(), ('mu',)),
     ('lion', optax.scale_by_lion(), ('mu',)),
     ('novograd', optax.scale_by_novograd(), ('mu',)),
     ('sm3', optax.scale_by_sm3(), ('nu',)),
-    ('ademamix', optax.contrib.scale_by_ademamix(), ('m1', 'm2')),
     ('simple', optax.contrib.scale_by_simplified_ademamix(), ('m',)),
-    ('row_adam', transforms.scale_by_row_adam(), ('mu',)),
     ('stddev', optax.scale_by_stddev(), ()),
     ('rms', optax.scale_by_rms(), ()),
     ('lbfgs', optax.scale_by_lbfgs(2), ()),
   )
-  def test_what_moves(self, inner, fields):
+  @pytest.mark.slow
+  def test_what_moves_in_others(self, inner, fields):
+    self._check_what_moves(inner, fields)
+
+  def _check_what_moves(self, inner, fields):
     """Gives the inner optimiser the state that a hand would have made."""
     # Some of optax multiplies by counters as Python would.
     self.enterContext(jax.numpy_dtype_promotion('standard'))
@@ -237,13 +254,22 @@ class TransportMomentumTest(parameterized.TestCase):
         {'one': 'here', 'many': 'here', 'batch': 'there'},
       ),
     ),
+  )
+  def test_goes_through(self, wrap):
+    self._check_goes_through(wrap)
+
+  @parameterized.named_parameters(
     (
       'multi_steps',
       lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
     ),
     ('if_finite', lambda tx: optax.apply_if_finite(tx, 3)),
   )
-  def test_goes_through(self, wrap):
+  @pytest.mark.slow
+  def test_goes_through_elsewhere(self, wrap):
+    self._check_goes_through(wrap)
+
+  def _check_goes_through(self, wrap):
     # MultiSteps divides by its counter.
     self.enterContext(jax.numpy_dtype_promotion('standard'))
     tx = transforms.transport_momentum(wrap(optax.trace(decay=0.5)))
@@ -256,6 +282,7 @@ class TransportMomentumTest(parameterized.TestCase):
       want = grads[name] + 0.5 * coulomb.project(there[name], grads[name])
       np.testing.assert_allclose(updates[name], want, rtol=1e-4, atol=1e-5)
 
+  @pytest.mark.slow
   def test_goes_into_a_mask(self):
     mask = {'one': True, 'many': True, 'batch': False}
     tx = optax.masked(transforms.transport_momentum(optax.trace(0.5)), mask)
@@ -266,6 +293,7 @@ class TransportMomentumTest(parameterized.TestCase):
     np.testing.assert_allclose(updates['one'], want, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(updates['batch'], grads['batch'])
 
+  @pytest.mark.slow
   def test_momentum_of_another_dtype(self):
     self.enterContext(jax.numpy_dtype_promotion('standard'))
     tx = transforms.transport_momentum(optax.trace(0.5, False, jnp.bfloat16))
