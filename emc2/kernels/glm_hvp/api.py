@@ -46,9 +46,11 @@ def glm_hvp(
     never rounded to bfloat16. A tile has whole rows, so there is a bound on
     d, beyond which nothing is won by tiles: on a TPU 8,192 of float32 and
     16,384 of bfloat16; on a Hopper GPU 32 to 4,096, of whole 16 bytes to a row
-    and with at least 4 rows; on a CPU 8,192 of float32, and at least four tiles
-    of 256 KiB. `jax.vmap` over vectors that share their features makes products
-    of two matrices, by XLA; over features, one call for all of them.
+    and with at least 4 rows; on a CPU 8,192, and at least four tiles of
+    256 KiB. On a CPU, features of bfloat16 take four times as long as of
+    float32, for their widening. `jax.vmap` over vectors that share their
+    features makes products of two matrices, by XLA; over features, one call for
+    all of them.
 
   Args:
     features: A, (n, d), float32 or bfloat16; float64 has no kernel but on a

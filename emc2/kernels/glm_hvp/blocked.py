@@ -2,9 +2,10 @@
 
 A tile comes from main memory once and stays in the second-level cache for the
 second product, which is what the two loops that XLA makes of the reference read
-twice. One core of an EPYC with 512 KiB takes half the time for 49,749 x 300 and
-for 20,000 x 1,000 numbers, and nine tenths for 8,192 x 4,096, where a tile has
-few rows; where all features fit in the cache there is nothing to win.
+twice. One core of an EPYC with 512 KiB takes 5.8 ms where the reference takes
+13.1 for 49,749 x 300 numbers of float32, and 18.6 for 33.1 for 65,536 x 768; it
+takes 11.7 for 12.4 for 8,192 x 4,096, where a tile has few rows. Where all
+features fit in the cache there is nothing to win.
 """
 
 import jax
