@@ -30,11 +30,11 @@ class Problem(NamedTuple):
 
 def make(
   features: Any,
-  labels: jax.typing.ArrayLike,
+  labels: Any,
   *,
   loss: str = 'logistic',
   ridge: float = 0.0,
-  sample_weight: jax.typing.ArrayLike | None = None,
+  sample_weight: Any = None,
   dtype: jax.typing.DTypeLike = np.float32,
   num_row_blocks: int = 1,
   num_column_blocks: int = 1,

@@ -78,12 +78,12 @@ class ProductsTest(parameterized.TestCase):
       rtol = 1e-5 if dtype == 'float32' else 1e-13
       self.check(matrix, dense[order], rtol)
 
-  @parameterized.parameters(1, 2, 5, 64)
+  @parameterized.parameters(2, 5, 64)
   def test_any_width_of_pieces(self, max_width):
     dense = _draw((70, 50))
-    matrix, order = features.from_csr(_csr(dense), max_width=max_width + 1)
+    matrix, order = features.from_csr(_csr(dense), max_width=max_width)
     for bucket in (*matrix.rows.pieces, *matrix.columns.pieces):
-      self.assertLessEqual(bucket.ids.shape[0], max_width + 1)
+      self.assertLessEqual(bucket.ids.shape[0], max_width)
     self.assertEqual(matrix.rows.joined is None, max_width == 64)
     self.check(matrix, dense[order], 1e-5)
 
@@ -243,7 +243,7 @@ class ProgramTest(parameterized.TestCase):
     text = jax.jit(loop).lower(matrix, *ones).compile().as_text()
     (line,) = [line for line in text.splitlines() if ' while(' in line]
     self.assertIn('u16[', line)
-    self.assertEqual(line.split(' while(')[0].count('s32['), 1)
+    self.assertNotRegex(line, r's32\[\d+\]')
 
 
 class RefusalTest(parameterized.TestCase):
