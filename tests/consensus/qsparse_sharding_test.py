@@ -27,14 +27,23 @@ def _mesh(size):
 class DevicesTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('payload', 8, dict(exchange='payload')),
-    ('dense', 8, dict(exchange='dense')),
     ('together', 8, dict(table=EVERY)),
-    ('two_on_each', 4, {}),
     ('own_draws', 8, dict(code=oracle.noisy(False))),
+  )
+  def test_same_as_one_device(self, num_devices, settings):
+    self._check_devices(num_devices, settings)
+
+  @parameterized.named_parameters(
+    ('dense', 8, dict(exchange='dense')),
+    ('two_on_each', 4, {}),
     ('own_draws_two_on_each', 4, dict(code=oracle.noisy(False))),
     ('state_of_a_code', 8, dict(code=sparse.block_k(3), table=EVERY)),
   )
-  def test_same_as_one_device(self, num_devices, settings):
+  @pytest.mark.slow
+  def test_same_as_one_device_elsewhere(self, num_devices, settings):
+    self._check_devices(num_devices, settings)
+
+  def _check_devices(self, num_devices, settings):
     alone = dict(settings, exchange='auto')
     want, want_bits = trains_qsparse.train(None, None, **alone)
     state, bits = trains_qsparse.train(_mesh(num_devices), 'data', **settings)
