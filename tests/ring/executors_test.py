@@ -5,23 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import mesh as mesh_lib
 from emc2 import ring
 from emc2.ring import executors, schedules
 
-SHAPES = (
-  (1, 1),
-  (1, 3),
-  (2, 1),
-  (4, 1),
-  (8, 1),
-  (2, 2),
-  (4, 2),
-  (4, 3),
-  (8, 3),
-)
+# Workers, and blocks for each.
+SHAPES = ((1, 1), (2, 2), (4, 2))
+OTHERS = ((1, 3), (2, 1), (4, 1), (8, 1), (4, 3), (8, 3))
 DIM = 3
 
 
@@ -95,6 +88,14 @@ def assert_close(found, wanted):
 class ExecutorsTest(parameterized.TestCase):
   @parameterized.product(shape=SHAPES, rotations=('one', 'two'))
   def test_virtual_and_serial(self, shape, rotations):
+    self._check_virtual_and_serial(shape, rotations)
+
+  @parameterized.product(shape=OTHERS, rotations=('one', 'two'))
+  @pytest.mark.slow
+  def test_virtual_and_serial_elsewhere(self, shape, rotations):
+    self._check_virtual_and_serial(shape, rotations)
+
+  def _check_virtual_and_serial(self, shape, rotations):
     with jax.enable_x64(True):
       state = start(*shape)
       wanted = state
@@ -109,8 +110,15 @@ class ExecutorsTest(parameterized.TestCase):
           found = run(*found)
         assert_close(found, wanted)
 
-  @parameterized.parameters((2, 1), (8, 1), (4, 3))
-  def test_on_mesh(self, width, here):
+  def test_on_mesh(self):
+    self._check_on_mesh(4, 3)
+
+  @parameterized.parameters((2, 1), (8, 1))
+  @pytest.mark.slow
+  def test_on_mesh_elsewhere(self, width, here):
+    self._check_on_mesh(width, here)
+
+  def _check_on_mesh(self, width, here):
     with jax.enable_x64(True):
       state = start(width, here)
       wanted = loops(schedules.travel(width, here), 2, *state)
@@ -125,12 +133,19 @@ class ExecutorsTest(parameterized.TestCase):
       self.assertNotIn(other, text)
 
   @parameterized.parameters(
-    (schedules.two_level(2, 2),),
-    (schedules.two_level(4, 2),),
-    (schedules.strata(np.array([2, 0, 3, 1])),),
-    (schedules.strata(np.array([0])),),
+    (schedules.two_level(2, 2),), (schedules.strata(np.array([2, 0, 3, 1])),)
   )
   def test_schedules(self, schedule):
+    self._check_schedules(schedule)
+
+  @parameterized.parameters(
+    (schedules.two_level(4, 2),), (schedules.strata(np.array([0])),)
+  )
+  @pytest.mark.slow
+  def test_schedules_elsewhere(self, schedule):
+    self._check_schedules(schedule)
+
+  def _check_schedules(self, schedule):
     numbers = np.asarray(schedule.numbers)
     width = len(numbers)
     with jax.enable_x64(True):
