@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emc2 import csr
+from emc2 import mesh as meshes
 from emc2.kernels import glm_hvp
 
 MAX_WIDTH = 8
@@ -165,7 +166,9 @@ def columns(features: Dense | Sparse, ids: jax.Array) -> jax.Array:
     value = 1 if values is None else _take(values, where)
     return start + _CHUNK, out.at[row, column].set(value, mode='drop')
 
-  start = jnp.zeros([], jnp.int32)
+  start, out, stops, _ = meshes.vary_alike(
+    jnp.zeros([], jnp.int32), out, stops, entries
+  )
   return jax.lax.while_loop(
     lambda carry: carry[0] < stops[-1], fill, (start, out)
   )[1]

@@ -29,6 +29,8 @@ class OracleTest(parameterized.TestCase):
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
     close(state.x, want.xs[-1])
     close(infos.objective, want.values[1:])
+    falls = -np.diff(infos.objective)
+    self.assertTrue(np.all(falls >= infos.decrease[1:] - 1e-12))
     close(infos.decrease, want.decreases)
     close(infos.regularization, want.regularizations)
     np.testing.assert_array_equal(infos.num_trials, want.trials)

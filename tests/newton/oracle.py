@@ -216,11 +216,11 @@ def minimum(objective, x, num_steps=200):
   return run.values.min(), run.xs[run.values.argmin()]
 
 
-def logistic(num_rows, num_features, ridge=0.0, seed=0):
+def logistic(num_rows, num_features, ridge=0.0, seed=0, decay=0.5):
   """The generated problem of the specification, section 6."""
   rng = np.random.default_rng(seed)
   features = rng.normal(size=(num_rows, num_features))
-  features *= np.arange(1, num_features + 1) ** -0.5
+  features *= np.arange(1.0, num_features + 1) ** -decay
   features /= np.linalg.norm(features, axis=1, keepdims=True)
   truth = 3 * rng.normal(size=num_features)
   odds = 1 / (1 + np.exp(-2 * features @ truth))

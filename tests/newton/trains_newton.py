@@ -55,7 +55,7 @@ def sparse_logistic(num_rows, num_features, seed=0):
   return oracle.Objective(features, labels, 'logistic', 1e-2, weights)
 
 
-def train(name, mesh, sparse, num_steps=5, **settings):
+def train(name, mesh, sparse, num_steps=5):
   """A run on a mesh, or None, in float32; point, values and trials."""
   # Neither number is a multiple of that of devices.
   objective = sparse_logistic(45, 13)
@@ -67,7 +67,7 @@ def train(name, mesh, sparse, num_steps=5, **settings):
     num_row_blocks=sizes.get('data', 1),
     num_column_blocks=sizes.get('tensor', 1),
   )
-  method = METHODS[name](mesh=mesh, **settings)
+  method = METHODS[name](mesh=mesh, refresh_every=2)
   x = problem.from_user(data, np.full(13, 0.5))
   key = jax.random.key(0)
   if mesh is not None:
