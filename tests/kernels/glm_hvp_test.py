@@ -271,9 +271,7 @@ class PaddedTest(parameterized.TestCase):
 
 
 class ShardMapTest(parameterized.TestCase):
-  @parameterized.product(
-    check_vma=(True, False), implementation=('auto', 'xla')
-  )
+  @parameterized.parameters((True, 'auto'), (False, 'auto'), (True, 'xla'))
   def test_eight_devices_equal_one(self, check_vma, implementation):
     small_tiles(self)
     args, sparse = problem(1600, 7), sparse_problem(3, 1600, 7)

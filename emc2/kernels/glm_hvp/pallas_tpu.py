@@ -11,8 +11,8 @@ sublanes and rows along lanes, scores lie as they are stored. With features
 along lanes, the sums of 128 rows are turned, and their slopes turned back.
 
 Padded-sparse rows are laid out as dense tiles there, features along sublanes.
-An entry is found by comparing its id with all features, which is faster than to
-go for it by address, up to some thousands.
+Lanes have no addresses of their own, so an entry finds its place by comparing
+its id with all features: three operations each, which bounds their number.
 """
 
 import functools
@@ -292,7 +292,7 @@ def dense(
     interpret=interpret,
   )
   if _is_turned(n, d):
-    depth = _up(d, 2 * _SUBLANES)
+    depth = _up(d, 4 * _SUBLANES // itemsize)
     image, scores = call(
       functools.partial(_turned_kernel, shape=(n, d)),
       [(features.T, depth), (curvature[None], 1)],
