@@ -21,7 +21,7 @@ _Result = regularization_lib.Result
 class KrylovCubicNewtonState(NamedTuple):
   """State of :func:`krylov_cubic_newton`; its floats are at least float32."""
 
-  regularization: jax.Array  # (): M of the last step, or of the start; in M/6.
+  regularization: jax.Array  # (): M of the last trial, or of the start; in M/6.
   shift: jax.Array  # (): lambda of the last step, 0 before the first.
   num_trials: jax.Array  # (), int32: values of M tried, one `value_fn` each.
   num_hvps: jax.Array  # (), int32: Hessian-vector products.
@@ -77,17 +77,15 @@ def krylov_cubic_newton(
     a learning rate, decay or clipping.
 
   .. note::
-    Where no step is to be had the update is 0, the state keeps its M, and its
-    `result` tells why: `CONVERGED` for a gradient of norm `gradient_tol` or
-    less, `SEARCH_FAILED` after `max_trials` refusals, `NON_FINITE` for a value,
-    gradient or Hessian with what is no number. They are the numbers 1, 2 and 3,
-    of :class:`emc2.newton.regularization.Result`. The next update would be the
-    same: a loop may stop there. The authors' code takes the last trial though
-    it was refused, and divides by a gradient of 0.
-
-  .. note::
-    M falls with each first trial that passes, and may end far below what
-    another objective needs. With the next large batch begin with a new state.
+    Where no step is to be had the update is 0, and `result` in the state tells
+    why: `CONVERGED` for a gradient of norm `gradient_tol` or less, `NON_FINITE`
+    for a value, gradient or Hessian with what is no number, `SEARCH_FAILED` for
+    `max_trials` refusals. They are the numbers 1, 3 and 2, of
+    :class:`emc2.newton.regularization.Result`. After the last the next update
+    goes on from the last M, for M may have fallen far below what is needed by
+    now; but not from one whose step is too short to show in f. The authors'
+    code takes the last trial though it was refused, and divides by a gradient
+    of 0.
 
   Args:
     subspace_dim: m, from 1 to the number of entries of the params. 1 is
@@ -264,8 +262,16 @@ def krylov_cubic_newton(
     ends = jnp.where(
       found.accepted, code(_Result.OK), code(_Result.SEARCH_FAILED)
     )
+    # If no M was large enough the next search goes on from the last, unless its
+    # step is so short that rounding hides what it does.
+    length = 2 * found.shift / found.regularization
+    eps = float(jnp.finfo(dtype).eps)
+    hidden = ~(norm * length > 4 * eps * jnp.abs(value).astype(dtype))
+    stops = ~goes | (~found.accepted & hidden)
     return move(found.step), KrylovCubicNewtonState(
-      regularization=pick(found.regularization, state.regularization),
+      regularization=jnp.where(
+        stops, state.regularization, found.regularization
+      ),
       shift=pick(found.shift, state.shift),
       num_trials=state.num_trials + keep(found.num_trials),
       num_hvps=state.num_hvps + subspace_dim,

@@ -111,7 +111,8 @@ def _loop(
     basis = _krylov(hessian, gradient, subspace_dim, breakdown_tol)
     small, slope = basis.T @ hessian @ basis, basis.T @ gradient
     result = newton.Result.SEARCH_FAILED
-    trial = M * (shrink if adaptive else 1)
+    floor = 1e-12 * (1 + np.linalg.eigvalsh(small)[-1])
+    trial = max(floor, shrink * M) if adaptive else M
     trials = 0
     while trials < max_trials and result != newton.Result.OK:
       trials += 1
@@ -119,7 +120,9 @@ def _loop(
       model = value + _model(small, slope, s, trial)
       if not adaptive or derivatives(x + basis @ s)[0] <= model:
         x, M, shift, result = x + basis @ s, trial, root, newton.Result.OK
-      trial /= shrink
+      last, trial = trial, trial / shrink
+    if result != newton.Result.OK:
+      M = last
     done.append(_Step(x, M, shift, trials, result))
   return done
 
@@ -225,6 +228,8 @@ class KrylovCubicNewtonTest(parameterized.TestCase):
     _WITHOUT_SEARCH,
     OPTIONS['shrink'],
     OPTIONS['max_trials'],
+    # Too small for one search, not for two.
+    {'regularization': 1e-12},
   )
   def test_matches_a_loop(self, **options):
     want = _loop(self.derivatives, self.start, NUM_STEPS, **options)
@@ -360,15 +365,17 @@ class KrylovCubicNewtonTest(parameterized.TestCase):
     self.assertGreater(np.abs(half - step).max(), 1e-2)
 
   @parameterized.parameters(
-    ({'grads': 0.0}, 'CONVERGED', 0),
-    ({'grads': np.nan}, 'NON_FINITE', 0),
-    ({'value': np.inf}, 'NON_FINITE', 0),
-    ({'hessian': np.nan}, 'NON_FINITE', 0),
-    ({'spoil': np.nan}, 'SEARCH_FAILED', 5),
+    ({'grads': 0.0}, 'CONVERGED', 0, 1),
+    ({'grads': np.nan}, 'NON_FINITE', 0, 1),
+    ({'value': np.inf}, 'NON_FINITE', 0, 1),
+    ({'hessian': np.nan}, 'NON_FINITE', 0, 1),
+    ({'spoil': np.nan}, 'SEARCH_FAILED', 5, 8),
     # The objective is higher wherever one asks.
-    ({'spoil': 1.0}, 'SEARCH_FAILED', 5),
+    ({'spoil': 1.0}, 'SEARCH_FAILED', 5, 8),
+    # Steps are too short to be seen in it.
+    ({'grads': 1e-17, 'spoil': 1.0}, 'SEARCH_FAILED', 5, 1),
   )
-  def test_stays_and_tells_why(self, changes, code, trials):
+  def test_stays_and_tells_why(self, changes, code, trials, growth):
     value, g, H = self.derivatives(self.start)
     x, update = jnp.asarray(self.start), _update_of_parts()
     state = transforms.krylov_cubic_newton(3, regularization=1.0).init(x)
@@ -382,6 +389,7 @@ class KrylovCubicNewtonTest(parameterized.TestCase):
       step, after = update(x, state, **spoiled)
       np.testing.assert_array_equal(step, 0)
       want = state._replace(
+        regularization=state.regularization * growth,
         num_trials=state.num_trials + trials,
         num_hvps=3 * number,
         result=newton.Result[code],
