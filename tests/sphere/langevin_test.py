@@ -67,6 +67,13 @@ class WideTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ('plain', {}),
+    ('bound', dict(max_step=0.05)),
+    ('gradient', dict(has_gradient=True)),
+  )
+  def test_matches_a_loop(self, options):
+    self._check_matches_a_loop(options)
+
+  @parameterized.named_parameters(
     (
       'schedules',
       dict(
@@ -76,11 +83,13 @@ class WideTest(parameterized.TestCase):
     ),
     ('cold', dict(temperature=0.0)),
     ('array', dict(step_size=np.float32(0.015625))),
-    ('bound', dict(max_step=0.05)),
     ('no_bound', dict(max_step=np.inf)),
-    ('gradient', dict(has_gradient=True)),
   )
-  def test_matches_a_loop(self, options):
+  @pytest.mark.slow
+  def test_matches_a_loop_elsewhere(self, options):
+    self._check_matches_a_loop(options)
+
+  def _check_matches_a_loop(self, options):
     points = _unit(7, 3)
     settings = {'step_size': 0.02, 'temperature': 0.4, **options}
     energy_fn = _coulomb
@@ -119,8 +128,14 @@ class WideTest(parameterized.TestCase):
     np.testing.assert_allclose(state.points, want, rtol=1e-14)
     self.assertEqual(info.energy, 3.0)
 
-  @parameterized.parameters((0.4, 0.1), (2.0, 0.3))
-  def test_two_points_follow_their_angle(self, start, rate):
+  def test_two_points_follow_their_angle(self):
+    self._check_two_points(0.4, 0.1)
+
+  @pytest.mark.slow
+  def test_two_points_follow_their_angle_elsewhere(self):
+    self._check_two_points(2.0, 0.3)
+
+  def _check_two_points(self, start, rate):
     """Identity 8."""
     points = np.array([[1, 0, 0], [np.cos(start), np.sin(start), 0]])
     method = langevin.langevin(
@@ -167,6 +182,7 @@ class NarrowTest(parameterized.TestCase):
     self.assertLess(abs(np.mean(heights**2) - square), error)
     self.assertEqual(np.max(infos.limited), 0)
 
+  @pytest.mark.slow
   def test_anneals_to_the_icosahedron(self):
     chains, num_steps = 4, 600
     method = langevin.langevin(
@@ -183,8 +199,14 @@ class NarrowTest(parameterized.TestCase):
     _, infos = jax.jit(jax.vmap(run))(keys, points)
     np.testing.assert_allclose(infos.energy[:, -1], 49.165253, rtol=1e-4)
 
-  @parameterized.parameters(jnp.float32, jnp.bfloat16)
-  def test_keeps_types_and_compiles_once(self, dtype):
+  def test_keeps_types_and_compiles_once(self):
+    self._check_types(jnp.float32)
+
+  @pytest.mark.slow
+  def test_keeps_types_of_narrow_points(self):
+    self._check_types(jnp.bfloat16)
+
+  def _check_types(self, dtype):
     method = langevin.langevin(
       lambda points: jnp.sum(points),
       step_size=0.1,
