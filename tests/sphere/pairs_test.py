@@ -206,10 +206,16 @@ class EstimateTest(parameterized.TestCase):
 class StepTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('matching', 8, 1.0, {}),
+    ('pairs', 8, 1.0, {'num_pairs': 13}),
+    ('bound', 8, 1.0, {'max_step': 0.02}),
+  )
+  def test_matches_a_loop(self, n, s, options):
+    self._check_matches_a_loop(n, s, options)
+
+  @parameterized.named_parameters(
     ('odd', 9, 1.0, {}),
     ('logarithmic', 8, 0.0, {'k': 5}),
     ('one_pair', 8, 2.0, {'num_pairs': 1}),
-    ('pairs', 8, 1.0, {'num_pairs': 13}),
     (
       'schedule',
       8,
@@ -217,10 +223,13 @@ class StepTest(parameterized.TestCase):
       {'step_size': lambda count: 1 / (32 * (1 + count % 2))},
     ),
     ('array', 8, 1.0, {'step_size': np.float32(0.02)}),
-    ('bound', 8, 1.0, {'max_step': 0.02}),
     ('no_bound', 8, 1.0, {'max_step': np.inf}),
   )
-  def test_matches_a_loop(self, n, s, options):
+  @pytest.mark.slow
+  def test_matches_a_loop_elsewhere(self, n, s, options):
+    self._check_matches_a_loop(n, s, options)
+
+  def _check_matches_a_loop(self, n, s, options):
     with jax.enable_x64(True):
       settings = {'step_size': 0.03, **options}
       k = settings.pop('k', 3)
@@ -249,6 +258,7 @@ class StepTest(parameterized.TestCase):
       if not options:
         self.assertBetween(np.mean(limits), 0.01, 0.99)
 
+  @pytest.mark.slow
   def test_spreads_a_hundred_points(self):
     """To 2e-3 above the least energy, after 51 times all the pairs."""
     points = np.float32(_unit(100, 3))
@@ -303,8 +313,14 @@ class StepTest(parameterized.TestCase):
     norm = np.linalg.norm(state.points, axis=1)
     np.testing.assert_allclose(norm, 1.0, rtol=1e-6)
 
-  @parameterized.parameters(jnp.float32, jnp.bfloat16)
-  def test_keeps_types_and_compiles_once(self, dtype):
+  def test_keeps_types_and_compiles_once(self):
+    self._check_keeps_types_and_compiles_once(jnp.float32)
+
+  @pytest.mark.slow
+  def test_keeps_types_of_narrow_points(self):
+    self._check_keeps_types_and_compiles_once(jnp.bfloat16)
+
+  def _check_keeps_types_and_compiles_once(self, dtype):
     schedule = pairs_lib.default_step_size(10, 100)
     method = sphere.pair_sgd(1.0, step_size=schedule)
     state = method.init(KEY, jnp.asarray(_unit(10, 3), dtype))
@@ -368,11 +384,14 @@ def sharded_step(mesh, **settings):
 
 
 class ShardedTest(parameterized.TestCase):
-  @parameterized.named_parameters(
-    ('not_a_multiple', 37, {}),
-    ('fewer_pairs_than_devices', 9, {'num_pairs': 3}),
-  )
-  def test_8_devices_equal_1(self, n, settings):
+  def test_8_devices_equal_1(self):
+    self._check_8_devices_equal_1(37, {})
+
+  @pytest.mark.slow
+  def test_8_devices_equal_1_that_has_few_pairs(self):
+    self._check_8_devices_equal_1(9, {'num_pairs': 3})
+
+  def _check_8_devices_equal_1(self, n, settings):
     points = jnp.float32(_unit(n, 3))
     init, step = sharded_step(mesh_lib.make(data=8), **settings)
     split = init(KEY, points)
