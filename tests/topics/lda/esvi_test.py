@@ -81,10 +81,15 @@ def run(num_passes, cells, settings, num_shards=1, key=0):
 
 
 class OracleTest(parameterized.TestCase):
-  @parameterized.named_parameters(
-    ('blocks', 1, 5), ('ring', 4, 4), ('long', 4, 12)
-  )
-  def test_equals_the_serial_loop(self, num_shards, num_blocks):
+  def test_equals_the_serial_loop(self):
+    self._check_equals_the_serial_loop(4, 4)
+
+  @parameterized.named_parameters(('blocks', 1, 5), ('long', 4, 12))
+  @pytest.mark.slow
+  def test_equals_the_serial_loop_elsewhere(self, num_shards, num_blocks):
+    self._check_equals_the_serial_loop(num_shards, num_blocks)
+
+  def _check_equals_the_serial_loop(self, num_shards, num_blocks):
     with jax.enable_x64(True):
       cells, _ = cut(num_shards, num_blocks)
       states, _ = run(5, cells, {}, num_shards)
@@ -162,12 +167,19 @@ class OracleTest(parameterized.TestCase):
 
 class BoundTest(parameterized.TestCase):
   @parameterized.named_parameters(
-    ('blocks', 1, 5, {}),
-    ('ring', 4, 4, {}),
-    ('stragglers', 4, 4, dict(active_prob=0.2)),
-    ('stragglers_alone', 1, 5, dict(active_prob=0.5)),
+    ('ring', 4, 4, {}), ('stragglers', 4, 4, dict(active_prob=0.2))
   )
   def test_never_falls(self, num_shards, num_blocks, settings):
+    self._check_never_falls(num_shards, num_blocks, settings)
+
+  @parameterized.named_parameters(
+    ('blocks', 1, 5, {}), ('stragglers_alone', 1, 5, dict(active_prob=0.5))
+  )
+  @pytest.mark.slow
+  def test_never_falls_elsewhere(self, num_shards, num_blocks, settings):
+    self._check_never_falls(num_shards, num_blocks, settings)
+
+  def _check_never_falls(self, num_shards, num_blocks, settings):
     with jax.enable_x64(True):
       cells, _ = cut(num_shards, num_blocks)
       states, _ = run(12, cells, settings, num_shards)
@@ -261,8 +273,15 @@ class InvariantTest(parameterized.TestCase):
         state, _ = method.step(jax.random.key(t), state, place(cells, None))
       np.testing.assert_allclose(state.memory.phi, 1 / K, atol=1e-15)
 
-  @parameterized.parameters(0.0, 0.5, 1.0)
-  def test_draws_lie_on_the_simplex(self, concentration):
+  def test_draws_lie_on_the_simplex(self):
+    self._check_draws_lie_on_the_simplex(0.5)
+
+  @parameterized.parameters(0.0, 1.0)
+  @pytest.mark.slow
+  def test_draws_lie_on_the_simplex_elsewhere(self, concentration):
+    self._check_draws_lie_on_the_simplex(concentration)
+
+  def _check_draws_lie_on_the_simplex(self, concentration):
     with jax.enable_x64(True):
       cells, _ = cut()
       state = run(0, cells, dict(concentration=concentration))[0][0]
@@ -397,8 +416,15 @@ class RingTest(parameterized.TestCase):
     names = ('collective_permute', 'all_reduce', 'all_gather', 'all_to_all')
     return {name: text.count(f'"stablehlo.{name}"') for name in names}
 
-  @parameterized.parameters('cell', 'phi', 'topk')
-  def test_exchanges(self, storage):
+  def test_exchanges(self):
+    self._check_exchanges('phi')
+
+  @parameterized.parameters('cell', 'topk')
+  @pytest.mark.slow
+  def test_exchanges_elsewhere(self, storage):
+    self._check_exchanges(storage)
+
+  def _check_exchanges(self, storage):
     """A block and K floats a visit; at the end, a loss."""
     want = dict(collective_permute=1, all_reduce=2, all_gather=0, all_to_all=0)
     self.assertEqual(self.collectives(4, storage=storage), want)
@@ -412,8 +438,15 @@ class RingTest(parameterized.TestCase):
     self.assertEqual(found['collective_permute'], 1)
     self.assertEqual(found['all_reduce'], 2)
 
-  @parameterized.parameters(('cell', 4), ('phi', 8), ('topk', 4))
-  def test_holds_its_share(self, storage, num_blocks):
+  def test_holds_its_share(self):
+    self._check_holds_its_share('phi', 8)
+
+  @parameterized.parameters(('cell', 4), ('topk', 4))
+  @pytest.mark.slow
+  def test_holds_its_share_elsewhere(self, storage, num_blocks):
+    self._check_holds_its_share(storage, num_blocks)
+
+  def _check_holds_its_share(self, storage, num_blocks):
     cells, _ = lda.cut(corpus(), num_shards=4, num_blocks=num_blocks, tile=32)
     method, mesh = make(4, storage=storage)
     state = method.init(jax.random.key(0), place(cells, mesh))
@@ -430,8 +463,15 @@ class RingTest(parameterized.TestCase):
 
 
 class ContractTest(parameterized.TestCase):
-  @parameterized.parameters('cell', 'phi', 'topk')
-  def test_compiles_once_and_donates(self, storage):
+  def test_compiles_once_and_donates(self):
+    self._check_compiles_once_and_donates('phi')
+
+  @parameterized.parameters('cell', 'topk')
+  @pytest.mark.slow
+  def test_compiles_once_and_donates_elsewhere(self, storage):
+    self._check_compiles_once_and_donates(storage)
+
+  def _check_compiles_once_and_donates(self, storage):
     cells, _ = lda.cut(corpus(), num_blocks=3)
     method = esvi.esvi(K, V, storage=storage)
     step = jax.jit(method.step, donate_argnums=1)
