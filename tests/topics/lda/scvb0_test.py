@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from emc2 import algorithm
@@ -48,14 +49,22 @@ def find_step(
 
 class Scvb0Test(parameterized.TestCase):
   @parameterized.parameters(
-    ('float32', dict()),
+    ('float32', dict()), ('float64', dict(burn_in=3, num_tokens=9_000.0))
+  )
+  def test_matches_numpy(self, dtype, settings):
+    self._check_matches_numpy(dtype, settings)
+
+  @parameterized.parameters(
     ('float64', dict(burn_in=0)),
-    ('float64', dict(burn_in=3, num_tokens=9_000.0)),
     ('float64', dict(step_size=0.25)),
     ('float64', dict(document_step_size=0.1)),
     ('float64', dict(document_step_size=lambda t: 1 / (2 + t))),
   )
-  def test_matches_numpy(self, dtype, settings):
+  @pytest.mark.slow
+  def test_matches_numpy_elsewhere(self, dtype, settings):
+    self._check_matches_numpy(dtype, settings)
+
+  def _check_matches_numpy(self, dtype, settings):
     counts = inference_test.make_counts()
     word_sums = inference_test.make_word_sums()
     rtol = 1e-10 if dtype == 'float64' else 1e-4
@@ -97,6 +106,7 @@ class Scvb0Test(parameterized.TestCase):
     want = {0.0: (0.999, 1.001), 0.2: (0.7, 0.99), 1.0: (0.4, 0.65)}
     self.assertBetween(largest, *want[concentration])
 
+  @pytest.mark.slow
   def test_finds_the_topics(self):
     """Two groups of words that never meet."""
     rng = np.random.default_rng(0)
@@ -121,8 +131,14 @@ class Scvb0Test(parameterized.TestCase):
     np.testing.assert_allclose(halves.max(1), 1, atol=0.1)
     self.assertLess(info.loss[-1], info.loss[0] - 0.3)
 
-  @parameterized.parameters('shard_map', 'jit')
-  def test_eight_devices_equal_one(self, how):
+  def test_eight_devices_equal_one(self):
+    self._check_eight_devices_equal_one('shard_map')
+
+  @pytest.mark.slow
+  def test_eight_devices_equal_one_by_jit_alone(self):
+    self._check_eight_devices_equal_one('jit')
+
+  def _check_eight_devices_equal_one(self, how):
     batch = svi_test.make_batch(np.arange(16))
     key, method = jax.random.key(5), make()
     state = method.init(jax.random.key(0))
