@@ -61,17 +61,22 @@ class LinearProbeTest(parameterized.TestCase):
     rate=0.1, momentum=0.9, decay=0.0, batch=16, epochs=5, rule='constant'
   )
 
+  @parameterized.parameters(dict(), dict(rate=0.02), dict(momentum=0.5))
+  def test_equals_a_loop(self, init='uniform', **change):
+    self._check_equals_a_loop(init, **change)
+
   @parameterized.parameters(
-    dict(),
-    dict(rate=0.02),
-    dict(momentum=0.5),
     dict(decay=0.1),
     dict(batch=50),
     dict(epochs=8),
     dict(rule='cosine'),
     dict(init='normal'),
   )
-  def test_equals_a_loop(self, init='uniform', **change):
+  @pytest.mark.slow
+  def test_equals_a_loop_elsewhere(self, init='uniform', **change):
+    self._check_equals_a_loop(init, **change)
+
+  def _check_equals_a_loop(self, init='uniform', **change):
     x, y, _, _ = _problem()
     settings = self.base | change
     got = _fit(x, y, init=init, **settings)
