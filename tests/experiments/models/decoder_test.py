@@ -135,13 +135,22 @@ class ForwardTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('plain', TINY),
     ('grouped', GROUPED),
-    ('one_key', dataclasses.replace(TINY, num_kv_heads=1)),
     ('tied', dataclasses.replace(TINY, tied=True)),
+  )
+  def test_matches_numpy(self, config):
+    self._check_matches_numpy(config)
+
+  @parameterized.named_parameters(
+    ('one_key', dataclasses.replace(TINY, num_kv_heads=1)),
     ('base', dataclasses.replace(TINY, rope_base=50.0)),
     ('unrolled', dataclasses.replace(TINY, unroll=2)),
     ('one_layer', dataclasses.replace(TINY, num_layers=1, unroll=4)),
   )
-  def test_matches_numpy(self, config):
+  @pytest.mark.slow
+  def test_matches_numpy_elsewhere(self, config):
+    self._check_matches_numpy(config)
+
+  def _check_matches_numpy(self, config):
     params, tokens = _params(config), _tokens()
     got = jax.jit(_apply_fn(config))(params, tokens)
     self.assertEqual((got.shape, got.dtype), ((2, 10, 24), jnp.float32))
@@ -270,8 +279,14 @@ class NormTest(parameterized.TestCase):
 
 
 class LossTest(parameterized.TestCase):
-  @parameterized.parameters(6, 7)
-  def test_matches_numpy(self, given):
+  def test_matches_numpy(self):
+    self._check_matches_numpy(7)
+
+  @pytest.mark.slow
+  def test_matches_numpy_elsewhere(self):
+    self._check_matches_numpy(6)
+
+  def _check_matches_numpy(self, given):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 6, 5)).astype(np.float32)
     tokens = rng.integers(5, size=(2, given))
@@ -539,6 +554,7 @@ class SplitTest(parameterized.TestCase):
       for key in path:
         self.assertIsInstance(key.key, str)
 
+  @pytest.mark.slow
   def test_learns(self):
     # A row counts modulo 24 in steps of its own, which its second token tells.
     starts, steps, places = np.ogrid[:24:6, 1:8:6, :10]
@@ -557,8 +573,15 @@ class SplitTest(parameterized.TestCase):
     least = math.log(2) / 9
     self.assertBetween(losses[-1], least - 1e-3, least + 0.05)
 
-  @parameterized.parameters('cpu', 'tpu', 'cuda')
-  def test_the_largest_preset_lowers(self, platform):
+  def test_the_largest_preset_lowers(self):
+    self._check_the_largest_preset_lowers('tpu')
+
+  @parameterized.parameters('cpu', 'cuda')
+  @pytest.mark.slow
+  def test_the_largest_preset_lowers_elsewhere(self, platform):
+    self._check_the_largest_preset_lowers(platform)
+
+  def _check_the_largest_preset_lowers(self, platform):
     config = decoder.PRESETS['llama_7b']
     grad_fn = jax.jit(jax.grad(_loss_fn(_apply_fn(config))))
     tokens = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
