@@ -36,15 +36,23 @@ def _images(n=3, image_shape=(8, 8, 1), seed=0):
 
 class SizeTest(parameterized.TestCase):
   # torchvision's totals less batch norm (2 per channel) and fc.
+  def test_trunk_is_that_of_torchvision(self):
+    self._check_trunk_is_that_of_torchvision(
+      'resnet18', 'group', 11_689_512 - 513_000
+    )
+
   @parameterized.parameters(
     ('resnet18', 'none', 11_689_512 - 9_600 - 513_000),
-    ('resnet18', 'group', 11_689_512 - 513_000),
     ('resnet50', 'none', 25_557_032 - 53_120 - 2_049_000),
     ('resnet50', 'group', 25_557_032 - 2_049_000),
     ('resnet18_cifar', 'none', 11_166_912 - (49 - 9) * 3 * 64),
     ('resnet50_cifar', 'none', 23_454_912 - (49 - 9) * 3 * 64),
   )
-  def test_trunk_is_that_of_torchvision(self, name, norm, want):
+  @pytest.mark.slow
+  def test_trunk_is_that_of_torchvision_elsewhere(self, name, norm, want):
+    self._check_trunk_is_that_of_torchvision(name, norm, want)
+
+  def _check_trunk_is_that_of_torchvision(self, name, norm, want):
     pure = _abstract(name, (96, 96, 3), norm=norm)
     self.assertEqual(_count(pure.params['trunk']), want)
 
@@ -69,12 +77,19 @@ class SizeTest(parameterized.TestCase):
     self.assertEqual(_count(_abstract(name).params['trunk']), want)
 
   @parameterized.parameters(
-    ('imagenet', 96, 3, (1, 2, 4, 4)),
-    ('imagenet', 224, 7, (1, 2, 4, 4)),
-    ('cifar', 32, 4, (1, 2, 4, 4)),
-    ('cifar', 36, 5, (1, 2, 4, 4)),
+    ('imagenet', 96, 3, (1, 2, 4, 4)), ('cifar', 32, 4, (1, 2, 4, 4))
   )
   def test_maps(self, stem, size, want, widths):
+    self._check_maps(stem, size, want, widths)
+
+  @parameterized.parameters(
+    ('imagenet', 224, 7, (1, 2, 4, 4)), ('cifar', 36, 5, (1, 2, 4, 4))
+  )
+  @pytest.mark.slow
+  def test_maps_elsewhere(self, stem, size, want, widths):
+    self._check_maps(stem, size, want, widths)
+
+  def _check_maps(self, stem, size, want, widths):
     for block, expansion in ((resnet.BasicBlock, 1), (resnet.Bottleneck, 4)):
       make = lambda block=block: resnet.ResNet(
         (size, size, 3),
@@ -132,8 +147,15 @@ class BlockTest(parameterized.TestCase):
       want = jax.nn.relu(want + self._conv(images, kernel, stride, 0))
     np.testing.assert_allclose(block(images), want, rtol=1e-5, atol=1e-5)
 
-  @parameterized.parameters((8, 2), (8, 1), (4, 1))
-  def test_bottleneck_strides_in_its_3x3(self, inputs, stride):
+  def test_bottleneck_strides_in_its_3x3(self):
+    self._check_bottleneck_strides_in_its_3x3(8, 2)
+
+  @parameterized.parameters((8, 1), (4, 1))
+  @pytest.mark.slow
+  def test_bottleneck_strides_in_its_3x3_elsewhere(self, inputs, stride):
+    self._check_bottleneck_strides_in_its_3x3(inputs, stride)
+
+  def _check_bottleneck_strides_in_its_3x3(self, inputs, stride):
     block = resnet.Bottleneck(
       inputs, 2, stride=stride, norm='none', dtype=jnp.float32, rngs=nnx.Rngs(0)
     )
