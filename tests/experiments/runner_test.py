@@ -88,8 +88,15 @@ class TrainCase(parameterized.TestCase):
 
 
 class TrainTest(TrainCase):
-  @parameterized.parameters(1, 2, 5)
-  def test_matches_a_loop(self, steps_per_call):
+  def test_matches_a_loop(self):
+    self._check_matches_a_loop(2)
+
+  @parameterized.parameters(1, 5)
+  @pytest.mark.slow
+  def test_matches_a_loop_elsewhere(self, steps_per_call):
+    self._check_matches_a_loop(steps_per_call)
+
+  def _check_matches_a_loop(self, steps_per_call):
     state = self._train(steps_per_call=steps_per_call)
     want, losses = _loop(self.config, 30)
     np.testing.assert_allclose(state.params, want.params, rtol=1e-5)
@@ -102,8 +109,15 @@ class TrainTest(TrainCase):
       [row['loss'] for row in rows], losses[2::3], rtol=1e-4
     )
 
-  @parameterized.parameters((1, 4), (2, 10), (1, 29), (2, 21))
-  def test_continues_bit_for_bit(self, steps_per_call, at):
+  def test_continues_bit_for_bit(self):
+    self._check_continues_bit_for_bit(2, 21)
+
+  @parameterized.parameters((1, 4), (2, 10), (1, 29))
+  @pytest.mark.slow
+  def test_continues_bit_for_bit_elsewhere(self, steps_per_call, at):
+    self._check_continues_bit_for_bit(steps_per_call, at)
+
+  def _check_continues_bit_for_bit(self, steps_per_call, at):
     settings = {'steps_per_call': steps_per_call}
     want = self._train('want', **settings)
     batches = Breaking(self.config, at, _crash)
@@ -270,10 +284,14 @@ class TrainTest(TrainCase):
     rows = _lines(self.root / 'a')
     self.assertEqual([row['step'] for row in rows], list(range(1, nan_at + 1)))
 
-  @parameterized.parameters(
-    (signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)
-  )
-  def test_a_signal_saves_and_stops(self, signum, error):
+  def test_a_signal_saves_and_stops(self):
+    self._check_a_signal_saves_and_stops(signal.SIGTERM, SystemExit)
+
+  @pytest.mark.slow
+  def test_an_interrupt_saves_and_stops(self):
+    self._check_a_signal_saves_and_stops(signal.SIGINT, KeyboardInterrupt)
+
+  def _check_a_signal_saves_and_stops(self, signum, error):
     want = self._train('want', steps_per_call=2)
     before = signal.getsignal(signum)
     send = lambda: os.kill(os.getpid(), signum)
