@@ -1,4 +1,4 @@
-r"""Cubic-regularised Newton steps on random coordinates: SSCN."""
+"""Cubic-regularised Newton steps on random coordinates: SSCN."""
 
 import functools
 
@@ -121,10 +121,6 @@ def draw(key: jax.Array, num: int, size: jax.typing.ArrayLike) -> jax.Array:
 
   Returns:
     (num,), int32, in no order; num^2 comparisons and no array of `size`.
-
-  Examples:
-    >>> jnp.sort(draw(jax.random.key(0), 3, 3))
-    Array([0, 1, 2], dtype=int32)
 
   References:
     Bentley and Floyd, `Programming pearls: a sample of brilliance

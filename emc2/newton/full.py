@@ -1,4 +1,4 @@
-r"""Cubic-regularised Newton steps in the whole space."""
+"""Cubic-regularised Newton steps in the whole space."""
 
 import functools
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-r"""Cubic-regularised Newton steps in Krylov spaces."""
+"""Cubic-regularised Newton steps in Krylov spaces."""
 
 import functools
 
@@ -89,10 +89,10 @@ def krylov_cubic_newton(
     >>> from emc2.newton import problem as problem_lib
     >>> features = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
     >>> problem = problem_lib.make(features, np.array([0, 1, 1]), ridge=0.1)
-    >>> method = krylov_cubic_newton(2)
-    >>> state = method.init(jax.random.key(0), problem)
+    >>> method, key = krylov_cubic_newton(2), jax.random.key(0)
+    >>> state, step = method.init(key, problem), jax.jit(method.step)
     >>> for _ in range(8):
-    ...   state, info = method.step(jax.random.key(0), state, problem)
+    ...   state, info = step(key, state, problem)
     >>> bool(info.gradient_norm < 1e-5)
     True
 
