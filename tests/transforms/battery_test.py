@@ -27,11 +27,35 @@ from tests.transforms import registry, targets
 NUM_STEPS = 4
 RTOL = {jnp.bfloat16: 3e-2, jnp.float32: 2e-5, jnp.float64: 1e-12}
 
-_each = parameterized.named_parameters((row.name, row) for row in registry.ROWS)
-_each_dtype = parameterized.named_parameters(
+# What wrappers, disks and long runs do is nearly the same for all: here stand
+# what is elementwise, with params and without, what codes its state, what has
+# another inside, and what calls functions back.
+_FEW_NAMES = (
+  'adam',
+  'avgrad',
+  'scale_by_adam_8bit',
+  'transport_momentum',
+  'search_on_sphere',
+)
+_FEW = tuple(row for row in registry.ROWS if row.name in _FEW_NAMES)
+_REST = tuple(row for row in registry.ROWS if row.name not in _FEW_NAMES)
+
+
+def _rows(rows):
+  return parameterized.named_parameters((row.name, row) for row in rows)
+
+
+def _solving(rows):
+  return _rows(row for row in rows if row.solves is not None)
+
+
+_each = _rows(registry.ROWS)
+_few, _rest = _rows(_FEW), _rows(_REST)
+_each_narrow_or_wide = parameterized.named_parameters(
   (f'{row.name}_{jnp.dtype(dtype)}', row, dtype)
   for row in registry.ROWS
   for dtype in row.dtypes
+  if dtype != jnp.float32
 )
 _each_axis_type = parameterized.named_parameters(
   (f'{row.name}_{kind.name}', row, kind)
@@ -174,10 +198,10 @@ def _gap(a, b):
 
 
 @functools.cache
-def _restored():
-  """The states of all transforms before the last step, from one checkpoint."""
-  saved = {row.name: _alone(row).history[-2][1] for row in registry.ROWS}
-  like = {row.name: row.transform().init(row.params()) for row in registry.ROWS}
+def _restored(rows):
+  """The states of transforms before the last step, from one checkpoint."""
+  saved = {row.name: _alone(row).history[-2][1] for row in rows}
+  like = {row.name: row.transform().init(row.params()) for row in rows}
   with (
     tempfile.TemporaryDirectory() as folder,
     ocp.StandardCheckpointer() as checkpointer,
@@ -235,8 +259,16 @@ class BatteryTest(parameterized.TestCase):
     for _ in range(2):
       params, _ = give(params, tx.init(params))
 
-  @_each_dtype
-  def test_types_stay(self, row, dtype):
+  @_each
+  def test_types_stay(self, row):
+    self._check_types(row, jnp.float32)
+
+  @_each_narrow_or_wide
+  @pytest.mark.slow
+  def test_types_stay_in(self, row, dtype):
+    self._check_types(row, dtype)
+
+  def _check_types(self, row, dtype):
     """Of params, state and updates; shapes alone tell them."""
     with jax.enable_x64(dtype == jnp.float64):
       tx, params = row.transform(), row.params(dtype)
@@ -251,12 +283,7 @@ class BatteryTest(parameterized.TestCase):
   def test_compiled_equals_eager(self, row):
     self._check_eager(row, jnp.float32)
 
-  @parameterized.named_parameters(
-    (f'{row.name}_{jnp.dtype(dtype)}', row, dtype)
-    for row in registry.ROWS
-    for dtype in row.dtypes
-    if dtype != jnp.float32
-  )
+  @_each_narrow_or_wide
   @pytest.mark.slow
   def test_compiled_equals_eager_in(self, row, dtype):
     with jax.enable_x64(dtype == jnp.float64):
@@ -295,8 +322,16 @@ class BatteryTest(parameterized.TestCase):
             self.assertTrue(same, msg=f'{leaf.sharding} for {like.sharding}')
     _assert_near(got, want)
 
-  @_each
+  @_few
   def test_inject_hyperparams(self, row):
+    self._check_hyperparams(row)
+
+  @_rest
+  @pytest.mark.slow
+  def test_inject_hyperparams_too(self, row):
+    self._check_hyperparams(row)
+
+  def _check_hyperparams(self, row):
     """A number in the state does what it does as an argument."""
     make = optax.inject_hyperparams(row.make, static_args=row.static)
     tx, params = make(**row.options), _matrix(row)
@@ -314,15 +349,31 @@ class BatteryTest(parameterized.TestCase):
       _assert_near(_updates(got), want)
     self.assertEqual(step._cache_size(), 1)
 
-  @_each
+  @_few
   def test_masked(self, row):
+    self._check_masked(row)
+
+  @_rest
+  @pytest.mark.slow
+  def test_masked_too(self, row):
+    self._check_masked(row)
+
+  def _check_masked(self, row):
     tx = row.transform()
     # Gradients among the extra arguments are masked as the updates are.
     wrapped = optax.masked(tx, _is_matrix, mask_compatible_extra_args=True)
     self._check_part(row, wrapped, optax.identity())
 
-  @_each
+  @_few
   def test_partition(self, row):
+    self._check_partition(row)
+
+  @_rest
+  @pytest.mark.slow
+  def test_partition_too(self, row):
+    self._check_partition(row)
+
+  def _check_partition(self, row):
     rest = optax.scale(2.0)
     wrapped = optax.partition(
       {True: row.transform(), False: rest},
@@ -362,8 +413,16 @@ class BatteryTest(parameterized.TestCase):
     updates, state = update(jnp.float32(0.5), state)
     _assert_near((updates, state.inner_opt_state), _first(row))
 
-  @_each
+  @_few
   def test_chain(self, row):
+    self._check_chain(row)
+
+  @_rest
+  @pytest.mark.slow
+  def test_chain_too(self, row):
+    self._check_chain(row)
+
+  def _check_chain(self, row):
     """Clipping to half of the norm halves what goes in."""
     tx, params = row.transform(), _matrix(row)
     norm = optax.tree.norm(_inputs(row, params)[0])
@@ -412,19 +471,33 @@ class BatteryTest(parameterized.TestCase):
     got, want = nnx.as_pure(optimizer.opt_state)[1], _eager(row)[-1][1]
     _assert_near(jax.tree.leaves(got), jax.tree.leaves(want))
 
-  @_each
+  @_few
   def test_checkpoint(self, row):
+    self._check_checkpoint(row, _FEW)
+
+  @_rest
+  @pytest.mark.slow
+  def test_checkpoint_too(self, row):
+    self._check_checkpoint(row, _REST)
+
+  def _check_checkpoint(self, row, rows):
     """A run goes on from the disk as if it had never stopped."""
     *_, (params, state, _), last = _alone(row).history
-    restored = _restored()[row.name]
+    restored = _restored(rows)[row.name]
     self.assertEqual(_types(restored), _types(state))
     _assert_same(restored, state)
     _assert_same(_alone(row).step(params, restored), last)
 
-  @parameterized.named_parameters(
-    (row.name, row) for row in registry.ROWS if row.solves is not None
-  )
+  @_solving(_FEW)
   def test_converges(self, row):
+    self._check_convergence(row)
+
+  @_solving(_REST)
+  @pytest.mark.slow
+  def test_converges_too(self, row):
+    self._check_convergence(row)
+
+  def _check_convergence(self, row):
     """To four minima at once, up to 1e-4 of what it starts with."""
     find = targets.on_spheres if row.unit_rows else targets.in_space
     start, found = find()
