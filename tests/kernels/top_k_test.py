@@ -99,6 +99,7 @@ class TopKTest(parameterized.TestCase):
     x = _array('hidden', size)
     _check(self, x, 5000, implementation='threshold')
 
+  @pytest.mark.slow
   def test_float64_is_compared_in_float64(self):
     with jax.enable_x64(True):
       x = 1 + 1e-12 * _array('normal', dtype=np.float64)
