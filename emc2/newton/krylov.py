@@ -70,7 +70,8 @@ def krylov_cubic_newton(
     adaptive: Whether M is searched; if not, it stays as it is and each finite
       step is taken.
     shrink: In (0, 1).
-    max_trials: Of M in a step, before it fails. Static.
+    max_trials: Of M in a step, before it fails; the next one begins where it
+      has ended. Static.
     gradient_tol: The run is converged at a gradient norm of at most this.
     refresh_every: After so many steps scores are computed anew, against drift.
       Static.

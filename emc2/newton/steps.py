@@ -29,7 +29,7 @@ class State(NamedTuple):
   x: jax.Array  # (d,)
   scores: jax.Array  # (n,): A x, of the rows as the problem orders them.
   objective: jax.Array  # (): f(x).
-  regularization: jax.Array  # (): M, of the last step; in M/6.
+  regularization: jax.Array  # (): M, of the last trial; in M/6.
   shift: jax.Array  # (): M/2 times the length of the last step.
   count: jax.Array  # (), int32: finished steps.
   result: jax.Array  # (), int32: a `Result`; `OK` unless the last step failed.
@@ -41,7 +41,7 @@ class Info(NamedTuple):
   objective: jax.Array  # (): at the new point.
   gradient_norm: jax.Array  # (): at the old point.
   decrease: jax.Array  # (): that the model has promised.
-  regularization: jax.Array  # (): M of the accepted trial, in M/6.
+  regularization: jax.Array  # (): M of the last trial, in M/6.
   num_trials: jax.Array  # (), int32: of M.
   num_hvps: jax.Array  # (), int32: products by the Hessian.
   quality: jax.Array  # (): rho of a Krylov space, 0 if it is exact; else 0.
@@ -402,7 +402,10 @@ def advance(
       x=pick(found.x, state.x),
       scores=pick(scores, state.scores),
       objective=pick(value, state.objective),
-      regularization=pick(search.regularization, state.regularization),
+      # After a failed search too: whoever tries again begins farther up.
+      regularization=jnp.where(
+        fine, search.regularization, state.regularization
+      ),
       shift=pick(search.shift, state.shift),
       count=pick(count, state.count),
       result=pick(code(Result.OK), failed),

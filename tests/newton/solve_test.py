@@ -34,8 +34,8 @@ def _runner():
 
 @functools.cache
 def _hopeless_step():
-  """A compiled step that ends after two trials of a tiny M."""
-  method = krylov.krylov_cubic_newton(6, max_trials=2, regularization=1e-9)
+  """A compiled step that ends after three trials of a tiny M."""
+  method = krylov.krylov_cubic_newton(6, max_trials=3, regularization=1e-9)
   return jax.jit(method.step)
 
 
@@ -65,7 +65,7 @@ class ResultTest(parameterized.TestCase):
     (0.0, 0.0, Result.CONVERGED, 0),
     (1.0, np.nan, Result.NON_FINITE, 0),
     (1.0, 1e30, Result.NON_FINITE, 0),
-    (1.0, 20.0, Result.SEARCH_FAILED, 2),
+    (1.0, 20.0, Result.SEARCH_FAILED, 3),
   )
   def test_stays(self, scale, x, result, num_trials):
     data = _data(features=scale * OBJECTIVE.features)
@@ -73,7 +73,12 @@ class ResultTest(parameterized.TestCase):
     after, info = _hopeless_step()(KEY, state, data)
     self.assertEqual(after.result, result)
     self.assertEqual(info.num_trials, num_trials)
-    same = after._replace(result=state.result)
+    # From half of it, and doubled twice.
+    bound = 2e-9 if num_trials else 1e-9
+    np.testing.assert_allclose(after.regularization, bound, rtol=1e-5)
+    same = after._replace(
+      result=state.result, regularization=state.regularization
+    )
     jax.tree.map(np.testing.assert_array_equal, same, state)
 
   def test_goes_on_after_a_stop(self):

@@ -35,14 +35,14 @@ def make(objective, sparse=False, dtype=np.float64, **blocks):
 
 
 def run(method, data, x, num_steps, key=None):
-  """The last state and the infos of a run from x, compiled."""
+  """The last state and the infos of a run from x, as NumPy has them."""
   key = jax.random.key(0) if key is None else key
 
   def train(data, x):
     state = method.init(key, data, problem.from_user(data, x))
     return solve.run(key, method, state, data, num_steps=num_steps)
 
-  return jax.jit(train)(data, x)
+  return jax.tree.map(np.asarray, jax.jit(train)(data, x))
 
 
 def sparse_logistic(num_rows, num_features, seed=0):
