@@ -15,15 +15,15 @@ import numpy as np
 
 from emc2 import csr
 from emc2 import mesh as meshes
-from emc2.kernels import glm_hvp
+from emc2.kernels import glm_hvp, lowering
 
-MAX_WIDTH = 8
+MAX_WIDTH = 16
 """How many entries one piece of a sum has at most."""
 
 _CHUNK = 4096
 """How many entries of columns are taken out at once."""
 
-_BUCKET_COST = 2048
+_BUCKET_COST = 8192
 """What one more bucket costs, in gathered entries."""
 
 
@@ -179,6 +179,9 @@ def hvp(
 ) -> tuple[jax.Array, jax.Array]:
   """A'(c * (A v)), and A v.
 
+  A dense matrix is read once, where it is large enough for that to pay. So is a
+  sparse one on a TPU, if its rows are not cut; else it is gathered from twice.
+
   Args:
     features: A, (n, d).
     curvature: c, (n,).
@@ -195,8 +198,45 @@ def hvp(
   if isinstance(features, Dense):
     found = glm_hvp.glm_hvp(features.array, curvature, v)
     return found.image, found.scores
+  if not _suits_tpu(features, v):
+    return _hvp_by_gathers(features, curvature, v)
+  return jax.lax.platform_dependent(
+    features, curvature, v, tpu=_hvp_on_tpu, default=_hvp_by_gathers
+  )
+
+
+def _hvp_by_gathers(features, curvature, v):
   scores = matvec(features, v)
   return rmatvec(features, curvature * scores), scores
+
+
+def _suits_tpu(features: Sparse, v: jax.Array) -> bool:
+  """Whether a kernel takes each bucket of rows; an empty one needs none."""
+  rows = features.rows
+  if _lead(features) or rows.pieces or rows.order is not None:
+    return False
+  return lowering.is_whole() and all(
+    glm_hvp.tpu_takes_padded(bucket.ids, bucket.values, v)
+    for bucket in rows.whole
+    if bucket.ids.shape[0]
+  )
+
+
+def _hvp_on_tpu(features, curvature, v):
+  image, scores, start = jnp.zeros_like(v), [], 0
+  for bucket in features.rows.whole:
+    width, count = bucket.ids.shape
+    own = curvature[start : start + count]
+    start += count
+    if not width:
+      scores.append(jnp.zeros_like(own))
+      continue
+    found = glm_hvp.glm_hvp_padded(
+      bucket.ids, bucket.values, own, v, implementation='pallas_tpu'
+    )
+    image += found.image
+    scores.append(found.scores)
+  return image, jnp.concatenate(scores)
 
 
 def own_block(features: Dense | Sparse) -> Dense | Sparse:
@@ -322,7 +362,8 @@ def from_csr(
     num_row_blocks: P; rows are padded to a multiple of it.
     num_column_blocks: Q; columns are padded to a multiple of it. With P Q > 1
       each array gets leading axes (P, Q), its blocks, all laid out alike.
-    max_width: Longer sums are cut into pieces of this many entries.
+    max_width: Longer sums are cut into pieces of this many entries. On a TPU a
+      width of the longest row, up to 256, lets a kernel take the rows.
 
   Returns:
     The matrix with its rows in another order, and that order: the number in

@@ -38,6 +38,7 @@ def make(
   dtype: jax.typing.DTypeLike = np.float32,
   num_row_blocks: int = 1,
   num_column_blocks: int = 1,
+  max_width: int = matrices.MAX_WIDTH,
 ) -> Problem:
   r"""Checks data and lays them out; on the host, once.
 
@@ -52,6 +53,8 @@ def make(
     dtype: float32 or float64, of all that is computed.
     num_row_blocks: P, devices that the rows will be split over.
     num_column_blocks: Q, devices that the columns will be split over.
+    max_width: Of a sparse matrix, as
+      :func:`~emc2.newton.features.from_csr` takes it.
 
   Returns:
     The problem, rows and columns padded to multiples of P and Q.
@@ -68,6 +71,7 @@ def make(
   arguments.check_at_least('ridge', ridge, 0)
   arguments.check_at_least('num_row_blocks', num_row_blocks, 1)
   arguments.check_at_least('num_column_blocks', num_column_blocks, 1)
+  arguments.check_at_least('max_width', max_width, 1)
   dtype = np.dtype(dtype)
   if dtype not in (np.float32, np.float64):
     raise ValueError(f'dtype must be float32 or float64, got {dtype}.')
@@ -88,6 +92,7 @@ def make(
       dtype=dtype,
       num_row_blocks=num_row_blocks,
       num_column_blocks=num_column_blocks,
+      max_width=max_width,
     )
   else:
     matrix, order = matrices.from_dense(

@@ -18,6 +18,7 @@ from emc2.kernels.glm_hvp import (
   pallas_gpu,
   pallas_tpu,
   reference,
+  tpu_takes_padded,
 )
 from emc2.kernels.glm_hvp.specs import PADDED_SPECS, SPECS, Spec
 
@@ -391,10 +392,12 @@ class TpuKernelTest(parameterized.TestCase):
       ((257, 2, 4), 'uint16', 'want at most 256 entries of a row, got 257'),
       ((1, 2, 4), 'uint8', 'want ids of uint16, int32 or uint32, got uint8'),
     ):
-      args = sparse_problem(*shape, ids)
-      self.assertIn(reason, pallas_tpu.padded_unsupported(*args))
+      ids, values, _, vector = sparse_problem(*shape, ids)
+      reasons = pallas_tpu.padded_unsupported(ids, values, vector)
+      self.assertIn(reason, reasons)
+      self.assertFalse(tpu_takes_padded(ids, values, vector))
     wide = jax.ShapeDtypeStruct((4,), 'float64')
-    reason = pallas_tpu.padded_unsupported(args[0].astype('int32'), *[wide] * 3)
+    reason = pallas_tpu.padded_unsupported(ids.astype('int32'), wide, wide)
     self.assertIn('want float32 or bfloat16, got float64', reason)
 
 

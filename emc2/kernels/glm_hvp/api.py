@@ -170,7 +170,9 @@ def glm_hvp_padded(
   args = mesh.vary_alike(ids, values, curvature, vector)
   kernels = {
     'pallas_tpu': lowering.Kernel(
-      'tpu', pallas_tpu.padded, pallas_tpu.padded_unsupported(*args)
+      'tpu',
+      pallas_tpu.padded,
+      pallas_tpu.padded_unsupported(ids, values, vector),
     ),
     'pallas_gpu': lowering.Kernel('cuda', reference.padded, _NO_KERNEL),
   }
@@ -178,6 +180,16 @@ def glm_hvp_padded(
     implementation = 'xla'
   found = lowering.dispatch(implementation, reference.padded, kernels, *args)
   return Product(*found)
+
+
+def tpu_takes_padded(
+  ids: jax.Array, values: jax.Array | None, vector: jax.Array
+) -> bool:
+  """Whether a TPU has a kernel for arguments of :func:`glm_hvp_padded`.
+
+  Who has a layout that is gathered from twice asks before taking another.
+  """
+  return pallas_tpu.padded_unsupported(ids, values, vector) is None
 
 
 def _is_float(x):

@@ -46,9 +46,8 @@ def dense_unsupported(features, curvature, vector):
   return None
 
 
-def padded_unsupported(ids, values, curvature, vector):
+def padded_unsupported(ids, values, vector):
   """Why the kernel does not take these arguments, or None."""
-  del curvature
   if ids.dtype not in (jnp.uint16, jnp.int32, jnp.uint32):
     return f'want ids of uint16, int32 or uint32, got {ids.dtype}.'
   for x in (vector, values):
