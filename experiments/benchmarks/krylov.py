@@ -45,6 +45,8 @@ METHODS = {
   'cubic Newton': dict(subspace_dim=None, dtype='float64'),
 }
 PEERS = (*peers_krylov.METHODS, 'optax.lbfgs')
+_RACES = {peer: tuple(METHODS)[:2] for peer in PEERS}
+_RACES['L-BFGS-B'] = tuple(METHODS)
 _TARGETS = {'L-BFGS-B': 0.3, 'trust-ncg': 0.25}
 
 _OURS = 'emc2.experiments.benchmarks.krylov'
@@ -245,21 +247,28 @@ def time_products_of_scipy(*, path):
 def time_kernel(*, spec: str, implementation: str):
   """The product at a shape of its `specs.py`, `LOOPS` times at once."""
   rng = np.random.default_rng(0)
-  n, d, dtype = specs.SPECS[spec]
-  features = jnp.asarray(rng.normal(size=(n, d)) / d**0.5, dtype)
-  curvature = jnp.full(n, 0.25 / n)
+  if spec in specs.SPECS:
+    n, d, dtype = specs.SPECS[spec]
+    tables = (jnp.asarray(rng.normal(size=(n, d)) / d**0.5, dtype),)
+    multiply = glm_hvp.glm_hvp
+  else:
+    w, n, d, dtype, weighted = specs.PADDED_SPECS[spec]
+    ids = jnp.asarray(rng.integers(0, d + 1, (w, n)), dtype)
+    values = jnp.asarray(rng.normal(size=(w, n)), jnp.float32)
+    tables = ids, values if weighted else None
+    multiply = glm_hvp.glm_hvp_padded
 
   @jax.jit
-  def run(features, curvature, vector):
+  def run(tables, curvature, vector):
     def body(_, vector):
-      found = glm_hvp.glm_hvp(
-        features, curvature, vector, implementation=implementation
+      found = multiply(
+        *tables, curvature, vector, implementation=implementation
       )
       return found.image / jnp.linalg.norm(found.image)
 
     return jax.lax.fori_loop(0, LOOPS, body, vector)
 
-  args = features, curvature, jnp.ones(d)
+  args = tables, jnp.full(n, 0.25 / n), jnp.ones(d)
   compiled = run.lower(*args).compile()
   return lambda: jax.block_until_ready(compiled(*args))
 
@@ -329,9 +338,9 @@ def cases(smoke: bool) -> list[harness.Case]:
     found += [
       harness.Case(
         f'solve, ridge {ridge:g}, {peer}',
-        functools.partial(_race, run, ridge, peer),
+        functools.partial(_race, run, ridge, peer, methods=methods),
       )
-      for peer in PEERS
+      for peer, methods in _RACES.items()
     ]
     found.append(
       harness.Case(
@@ -339,11 +348,17 @@ def cases(smoke: bool) -> list[harness.Case]:
         functools.partial(_race_on_all_cores, run, ridge),
       )
     )
-  names = list(specs.SPECS)[: 1 if smoke else None]
-  found += [
-    harness.Case(f'kernel, {name}', functools.partial(_race_kernel, name))
-    for name in names
-  ]
+  for kernel, shapes, on_gpu in (
+    ('glm_hvp', specs.SPECS, True),
+    ('glm_hvp_padded', specs.PADDED_SPECS, False),
+  ):
+    found += [
+      harness.Case(
+        f'kernel, {kernel}, {name}',
+        functools.partial(_race_kernel, kernel, name, on_gpu),
+      )
+      for name in list(shapes)[: 1 if smoke else None]
+    ]
   return found
 
 
@@ -365,9 +380,11 @@ def _products(run, context):
   ]
 
 
-def _race_kernel(name, context):
-  metric = f'time of {LOOPS}'
-  return [context.race_kernel(f'glm_hvp, {name}', metric, _OURS, spec=name)]
+def _race_kernel(kernel, name, on_gpu, context):
+  metric, row = f'time of {LOOPS}', f'{kernel}, {name}'
+  if context.platform == 'cuda' and not on_gpu:
+    return [harness.Row(row, metric, 'ms', note='no kernel for GPUs')]
+  return [context.race_kernel(row, metric, _OURS, spec=name)]
 
 
 def _race(run, ridge, peer, context, *, clock='cpu', methods=tuple(METHODS)):
