@@ -1,6 +1,73 @@
-"""Krylov cubic Newton beside its baselines and SciPy, on logistic regression.
+"""Krylov cubic Newton on logistic regression, beside SciPy, optax and baselines.
 
-python -m emc2.experiments.krylov_newton --workdir=runs/krylov
+  python -m emc2.experiments.krylov_newton --workdir=runs/krylov_newton
+
+fits 1,000 generated rows of 300 features, from 0.5 in each entry, until the
+gradient has a norm of 1e-8: by cubic Newton steps in Krylov spaces of m
+dimensions (krylov_m), in the whole space (cubic_newton) and in m random
+coordinates (sscn_m), by `optax.lbfgs` and by SciPy's trust-krylov, Newton-CG
+and L-BFGS-B, all on the same objective in float64. It takes a minute on two CPU
+cores, most of it to compile. That command, with JAX 0.10.2, came to
+
+                iterations to a gap of       iterations  products  gradients
+                1e-2  1e-3  1e-4  1e-6       to the end  by the Hessian
+  krylov_1       780  1134  1868  3557             3668      3668       3668
+  krylov_5        25    45    66   121              136       680        136
+  krylov_10       15    19    23    32               36       360         36
+  krylov_20       15    19    23    30               30       600         30
+  cubic_newton    15    19    23    30               30      9000         30
+  sscn_100        62   113   164   266              302
+  sscn_50        186   367   556   905             1052
+  sscn_10       1186  2462  3783  6285             7222
+  optax_lbfgs     20    23    27    33               38                   41
+  l_bfgs_b        19    22    26    33               37                   39
+  trust_krylov    10    12            stalls at a gradient norm of 6e-6
+  newton_cg        7     9            likewise
+
+Ten products a step are as good as the whole Hessian, and random coordinates
+need many times more steps. L-BFGS needs the fewest products of all and is first
+here. The rows are separable, so the least objective is 0 and lies at infinity.
+`--config.data=` takes others:
+
+  FILE      of svmlight, gzip or not, with two classes. On w8a, with
+            `--config.ridge=1e-5`, krylov_10 takes 26 iterations of 10 products
+            and L-BFGS-B 109 and 117 gradients; SciPy's others stall at 5e-7
+  encoder   the last layer of a frozen encoder, for ten digits: a convolutional
+            net that SimCLR has trained on scikit-learn's digits without their
+            labels (20 epochs, seconds), then a soft-max over its 44 features,
+            by `transforms.krylov_cubic_newton` and the others, scikit-learn's
+            LogisticRegression too: krylov_20 in 19 iterations, L-BFGS in 166.
+            All of them have a test accuracy of 0.953
+
+Points are looked at exactly, in float64 on the host, while clocks stand: so all
+methods end by one rule, which costs none of them anything. Compiling is told
+apart. SciPy has products by compressed rows, or by BLAS where rows are dense.
+A method that has ended is read back on a second start, and one that was stopped
+begins again.
+
+`figure.png` shows the gap to the least objective against iterations, products
+and gradients, and seconds. `result.json` holds `optimum`, the least objective,
+which cubic Newton or Krylov steps of 20 dimensions find in float64 (but for
+what another method found below it), and for each METHOD
+
+  METHOD.iterations
+  METHOD.hvps             Hessian-vector products; all d of an iteration where
+                          the Hessian is formed; none of coordinates
+  METHOD.gradients        none of coordinates
+  METHOD.evaluations      of the objective; of Newton methods the trials of M,
+                          which read no data but on an encoder
+  METHOD.seconds          of the iterations
+  METHOD.compile_seconds  of what runs on the device
+  METHOD.gradient_norm    at the end, as the next
+  METHOD.objective
+  METHOD.result           1 if it came to the tolerance, 0 if iterations or
+                          seconds were over, 2 if it found no lower point, 3 if
+                          it met what is not finite
+  METHOD.iterations_to_G  for G of 1e-2, 1e-3, 1e-4, 1e-6: until the gap was at
+                          most that; absent if it never was
+  METHOD.accuracy         on test images (encoder)
+
+Of scikit-learn's methods only iterations, seconds and the end are known.
 """
 
 import contextlib
@@ -178,7 +245,9 @@ def read(config: Config, workdir: epath.PathLike) -> Data:
     objective = peers.Softmax(
       features, train.labels, head_lib.NUM_CLASSES, ridge
     )
-    return Data('features of digits', objective, config.start or 0.0, test)
+    return Data(
+      'head of a frozen encoder of digits', objective, config.start or 0.0, test
+    )
   if config.data == 'generated':
     given = generated.logistic(
       config.num_rows, config.num_features, seed=config.seed

@@ -13,8 +13,8 @@ COLORS = {
   'l_bfgs_b': '#009E73',
   'trust_krylov': '#CC79A7',
   'newton_cg': '#8C6BB1',
-  'sklearn_lbfgs': '#7F7F7F',
-  'sklearn_newton_cholesky': '#7F7F7F',
+  'sklearn_lbfgs': '#D55E00',
+  'sklearn_newton_cholesky': '#D55E00',
 }
 """Of those that have no number; of Okabe and Ito, mostly."""
 
@@ -31,8 +31,11 @@ LABELS = {
 SHADES = {'krylov': ('#9ECAE1', '#08306B'), 'sscn': ('#FDBE85', '#A63603')}
 """Of those that have one: of the smallest and of the largest."""
 
+POINTS = {'sklearn_lbfgs': '^', 'sklearn_newton_cholesky': 's'}
+"""Of which no more is known than where they ended."""
+
 FLOOR = 1e-12
-"""Gaps below it are rounding."""
+"""Gaps below it are rounding, and stand at it."""
 
 
 def draw(
@@ -68,24 +71,19 @@ def draw(
   }
   for axis, (label, abscissa) in zip(axes, panels.items(), strict=True):
     for name, curve in curves.items():
-      x, gap = abscissa(curve), curve.objective - optimum
       # The start has no place on a logarithmic axis, nor has what asks for
       # no product at all.
-      kept = (x > 0) & (gap > FLOOR)
-      x, gap = x[kept], gap[kept]
+      x = abscissa(curve)
+      kept = x > 0
+      x, gap = x[kept], np.maximum(curve.objective - optimum, FLOOR)[kept]
       if not x.size:
         continue
       style = styles[name]
-      axis.plot(x, gap, **style)
-      converged = ended[name] == trace_lib.End.CONVERGED
-      axis.plot(
-        x[-1:],
-        gap[-1:],
-        'o' if converged else 'x',
-        color=style['color'],
-        ms=5 if converged else 7,
-        mew=1.6,
-      )
+      if name not in POINTS:
+        axis.plot(x, gap, **style)
+        converged = ended[name] == trace_lib.End.CONVERGED
+        style = dict(color=style['color'], marker='o' if converged else 'x')
+      axis.plot(x[-1:], gap[-1:], ms=6, mew=1.6, clip_on=False, **style)
     axis.set(xscale='log', yscale='log', xlabel=label)
     axis.grid(alpha=0.25, which='major', linewidth=0.5)
     axis.spines[['top', 'right']].set_visible(False)
@@ -97,7 +95,10 @@ def draw(
   ]
   handles += [
     lines.Line2D([], [], color='#606060', ls='', marker=mark, label=label)
-    for mark, label in (('o', 'came to the tolerance'), ('x', 'did not'))
+    for mark, label in (
+      ('o', 'came to the tolerance'),
+      ('x', 'came not so far'),
+    )
   ]
   drawn.legend(
     handles=handles,
@@ -122,7 +123,9 @@ def _styles(names):
 
   styles = {}
   for name in names:
-    if name in COLORS:
+    if name in POINTS:
+      styles[name] = dict(color=COLORS[name], ls='', marker=POINTS[name])
+    elif name in COLORS:
       line = ':' if name == 'optax_lbfgs' else '--'
       styles[name] = dict(color=COLORS[name], ls=line, lw=1.8)
       if name == 'cubic_newton':  # Behind those that come near to it.

@@ -227,7 +227,7 @@ def drive(
 ) -> tuple[trace_lib.End | None, float]:
   """Runs a method until the trace says that it has to end, or it does itself.
 
-  The first 64 iterations are calls of their own, and later ones an ever larger
+  The first 128 iterations are calls of their own, and later ones an ever larger
   part of them, so that what a call costs does not count where they are many.
 
   Args:
@@ -240,9 +240,12 @@ def drive(
   Returns:
     Why it ended, if the trace did not say so, and seconds of compiling.
   """
-  advance = _make_advance(method)
+  advance = make_advance(method)
   begun = time.perf_counter()
   state = jax.jit(method.init)(key, data)
+  # A weak type would be compiled again when it comes back strong.
+  strengthen = lambda x: jax.lax.convert_element_type(x, x.dtype)
+  state = jax.tree.map(strengthen, state)
   number = jnp.zeros([], jnp.int32)
   work = Work(*[number] * len(Work._fields))
   # What the first call sets up, compiling or not, is no part of the method.
@@ -251,7 +254,7 @@ def drive(
 
   done, ended = 0, trace.look(np.asarray(method.point(state, data)), 0, Work())
   while not ended:
-    stop = min(done + max(1, done // 32), max_iterations)
+    stop = min(done + max(1, done // 64), max_iterations)
     stop = jnp.asarray(stop, jnp.int32)
     trace.run()
     state, work, number = jax.block_until_ready(
@@ -269,8 +272,16 @@ def drive(
 
 
 @functools.lru_cache(maxsize=32)
-def _make_advance(method):
-  """Iterates up to a number, or until the method ends; compiled once for it."""
+def make_advance(method: Method) -> Callable[..., Any]:
+  """Compiles many iterations of a method into one call, once for all callers.
+
+  Args:
+    method: The method.
+
+  Returns:
+    `(key, data, state, work, number, stop) -> (state, work, number)`, from
+    iteration `number` to `stop`, or to where the method ends.
+  """
 
   @jax.jit
   def advance(key, data, state, work, number, stop):

@@ -186,7 +186,13 @@ class KrylovNewtonTest(case.ExperimentTestCase):
       'newton_cg',
       'l_bfgs_b',
     ]
-    results = self._run(methods=','.join(names))
+    make = methods_lib.make_advance
+    with mock.patch.object(methods_lib, 'make_advance', wraps=make) as made:
+      results = self._run(methods=','.join(names))
+    self.assertEqual(made.call_count, 5)  # The reference shares one of four.
+    for call in made.call_args_list:
+      # Time of compiling is nowhere else than in the first call.
+      self.assertEqual(make(*call.args)._cache_size(), 1)
     stored = json.loads((self.folder / 'run/result.json').read_text())
     self.assertEqual(results, stored)
     self.assertGreater((self.folder / 'run/figure.png').stat().st_size, 50_000)
@@ -442,12 +448,14 @@ class KrylovNewtonTest(case.ExperimentTestCase):
     ('cubic_newton', (15, 19, 23, 30)),
     ('sscn_100', (64, 118, 169, 275)),
     ('sscn_50', (178, 353, 541, 882)),
+    ('krylov_10', (13, 17, 20, 27), 2000),
+    ('sscn_100', (53, 81, 108, 162), 2000),
   )
   @pytest.mark.slow
-  def test_table_of_the_specification(self, name, want):
+  def test_table_of_the_specification(self, name, want, num_features=300):
     results = self._run(
       num_rows=1000,
-      num_features=300,
+      num_features=num_features,
       ridge=0.0,
       methods=name,
       gradient_tol=1e-7,
