@@ -1,4 +1,4 @@
-"""Krylov cubic Newton on logistic regression, beside SciPy, optax and baselines.
+"""Krylov cubic Newton on logistic regression, beside its baselines and SciPy.
 
   python -m emc2.experiments.krylov_newton --workdir=runs/krylov_newton
 
@@ -245,9 +245,7 @@ def read(config: Config, workdir: epath.PathLike) -> Data:
     objective = peers.Softmax(
       features, train.labels, head_lib.NUM_CLASSES, ridge
     )
-    return Data(
-      'head of a frozen encoder of digits', objective, config.start or 0.0, test
-    )
+    return Data('on features of digits', objective, config.start or 0.0, test)
   if config.data == 'generated':
     given = generated.logistic(
       config.num_rows, config.num_features, seed=config.seed
@@ -515,14 +513,14 @@ def run(config: Config, workdir: epath.Path) -> dict[str, float]:
   for name, (curve, numbers) in found.items():
     summary |= summarize(name, curve, numbers, optimum)
   num_rows, num_features = objective.rows.shape
-  layer = ', 10 classes' if data.test is not None else ''
+  layer = '' if data.test is None else ', 10 classes'
   figure = figure_lib.draw(
     curves,
     {name: int(numbers['result']) for name, (_, numbers) in found.items()},
     optimum,
-    title=f'{data.title}: {num_rows:,} x {num_features:,}{layer}, ridge '
-    f'{objective.ridge:g}, {config.dtype}; to a gradient norm of '
-    f'{config.gradient_tol:g}',
+    title=f'Logistic regression, {data.title}: {num_rows:,} x {num_features:,}'
+    f'{layer}, ridge {objective.ridge:g}, {config.dtype}, to a gradient norm '
+    f'of {config.gradient_tol:g}',
   )
   runner.save_figure(figure, workdir / 'figure.png')
   return summary
