@@ -36,7 +36,7 @@ def krylov_cubic_newton(
   convention: str = 'sixth',
   adaptive: bool = True,
   shrink: float = 0.5,
-  max_trials: int = 21,
+  max_trials: int = 64,
   gradient_tol: jax.typing.ArrayLike = 0.0,
   breakdown_tol: float = 1e-6,
   axis_name: str | tuple[str, ...] | None = None,

@@ -20,7 +20,7 @@ def subspace_cubic_newton(
   convention: str = 'sixth',
   adaptive: bool = True,
   shrink: float = 0.5,
-  max_trials: int = 21,
+  max_trials: int = 64,
   gradient_tol: float = 0.0,
   refresh_every: int = 50,
   mesh: jax.sharding.Mesh | None = None,
@@ -160,7 +160,7 @@ def _move(ids, state, problem, norm, settings, axes):
   matrix = both[:, :size] + problem.ridge * jnp.eye(size, dtype=both.dtype)
   gradient = both[:, size] + problem.ridge * keep(state.x[near])
   found = steps.search_for(
-    cubic.spectrum(matrix, gradient),
+    cubic.spectrum(matrix, gradient, convex=True),
     state,
     problem,
     lambda step: jnp.matmul(columns, step, precision='highest'),

@@ -408,7 +408,7 @@ def from_csr(
     shape=(*blocks, breadth, height),
     max_width=max_width,
   )
-  return Sparse(of_rows, of_columns), order
+  return jax.tree.map(jnp.asarray, Sparse(of_rows, of_columns)), order
 
 
 def _entries(
@@ -567,7 +567,7 @@ def _make_sums(
     ends = np.cumsum([run.width * run.count for run in runs])
     parts = np.split(flat, ends[:-1], axis=-1)
     return [
-      jnp.asarray(part.reshape(lead + (run.width, run.count)))
+      part.reshape(lead + (run.width, run.count))
       for part, run in zip(parts, runs, strict=True)
     ]
 
@@ -589,16 +589,16 @@ def _make_sums(
       shape=(1, 1, layout.num_long, len(owner)),
       max_width=max_width,
     )
-    alike = lambda x: jnp.broadcast_to(x, lead + x.shape)
+    alike = lambda x: np.broadcast_to(x, lead + x.shape)
     joined = jax.tree.map(alike, joined)
   order = None
   if not falls:
-    order = jnp.asarray(places.astype(_id_dtype(num_sums)))
+    order = places.astype(_id_dtype(num_sums))
   split = len(layout.pieces)
   spans = None
   if layout.num_long:
     spans = np.stack([layout.firsts, layout.num_pieces[: layout.num_long]])
-    spans = jnp.broadcast_to(spans.astype(np.int32), (*lead, *spans.shape))
+    spans = np.broadcast_to(spans.astype(np.int32), (*lead, *spans.shape))
   return Sums(
     tuple(buckets[:split]), joined, tuple(buckets[split:]), order, spans
   )

@@ -29,7 +29,7 @@ def cubic_newton(
   convention: str = 'sixth',
   adaptive: bool = True,
   shrink: float = 0.5,
-  max_trials: int = 21,
+  max_trials: int = 64,
   gradient_tol: jax.typing.ArrayLike = 0.0,
   refresh_every: int = 50,
   mesh: jax.sharding.Mesh | None = None,
@@ -127,7 +127,7 @@ def _move(state, problem, gradient, norm, solver, settings, axes):
   gradient = gather(gradient)
   if solver == 'dense':
     matrix = _hessian(problem, curvature, multiply, len(gradient), axes)
-    model = cubic.spectrum(matrix, gradient)
+    model = cubic.spectrum(matrix, gradient, convex=True)
     found = steps.search_for(
       model, state, problem, spread, settings=settings, axes=axes
     )

@@ -20,7 +20,7 @@ def krylov_cubic_newton(
   convention: str = 'sixth',
   adaptive: bool = True,
   shrink: float = 0.5,
-  max_trials: int = 21,
+  max_trials: int = 64,
   gradient_tol: jax.typing.ArrayLike = 0.0,
   refresh_every: int = 50,
   mesh: jax.sharding.Mesh | None = None,
@@ -55,9 +55,10 @@ def krylov_cubic_newton(
     A trial compares the excess of the objective over its tangent with that of
     the model, both sums of positive terms, where the paper subtracts values of
     the objective: it is the same test, but float32 can make it near a minimum.
-    The authors' code takes its last trial unseen; here a step without an
-    accepted M stays where it is and says so. M starts each step at half of what
-    was accepted before, as there.
+    M starts each step at half of what was accepted before, as in the authors'
+    code, which doubles it 20 times, too few after many easy steps, and then
+    takes the last trial unseen. Here a step without an accepted M stays where
+    it is and says so.
 
   Args:
     subspace_dim: m, from 1, which is gradient descent, to the number of
@@ -70,8 +71,7 @@ def krylov_cubic_newton(
     adaptive: Whether M is searched; if not, it stays as it is and each finite
       step is taken.
     shrink: In (0, 1).
-    max_trials: Of M in a step, before it fails; the next one begins where it
-      has ended. Static.
+    max_trials: Of M in a step, before it fails. Static.
     gradient_tol: The run is converged at a gradient norm of at most this.
     refresh_every: After so many steps scores are computed anew, against drift.
       Static.
@@ -154,7 +154,7 @@ def _move(state, problem, gradient, norm, subspace_dim, settings, axes):
     has_aux=True,
   )
   spectrum = cubic.tridiagonal_spectrum(
-    space.diagonal, space.off_diagonal, space.norm
+    space.diagonal, space.off_diagonal, space.norm, convex=True
   )
   found = steps.search_for(
     spectrum,

@@ -76,7 +76,7 @@ def search(
   excess_fn: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
   *,
   shrink: float = 0.5,
-  max_trials: int = 21,
+  max_trials: int = 64,
   adaptive: bool = True,
 ) -> Search:
   r"""Finds a coefficient M whose model is above the objective at its minimum.
@@ -136,7 +136,7 @@ def search_by(
   like: jax.Array,
   largest: jax.Array,
   shrink: float = 0.5,
-  max_trials: int = 21,
+  max_trials: int = 64,
   adaptive: bool = True,
 ) -> tuple[Search, Any]:
   """As :func:`search`, of a model that something else minimises.

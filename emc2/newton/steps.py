@@ -402,10 +402,7 @@ def advance(
       x=pick(found.x, state.x),
       scores=pick(scores, state.scores),
       objective=pick(value, state.objective),
-      # After a failed search too: whoever tries again begins farther up.
-      regularization=jnp.where(
-        fine, search.regularization, state.regularization
-      ),
+      regularization=pick(search.regularization, state.regularization),
       shift=pick(search.shift, state.shift),
       count=pick(count, state.count),
       result=pick(code(Result.OK), failed),

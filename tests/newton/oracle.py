@@ -120,7 +120,7 @@ def minimize(
   space,
   regularization=2e-3,
   shrink=0.5,
-  max_trials=21,
+  max_trials=64,
   adaptive=True,
   target=-np.inf,
 ):

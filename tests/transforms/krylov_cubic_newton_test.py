@@ -96,7 +96,7 @@ def _loop(
   convention='sixth',
   adaptive=True,
   shrink=0.5,
-  max_trials=21,
+  max_trials=64,
   gradient_tol=0.0,
   breakdown_tol=1e-6,
 ):
