@@ -42,6 +42,9 @@ METHODS = {
   'Krylov, m=10, float32': dict(subspace_dim=10, dtype='float32'),
   'Krylov, m=10': dict(subspace_dim=10, dtype='float64'),
   'Krylov, m=20': dict(subspace_dim=20, dtype='float64'),
+  'Krylov, m=10, b=0.2, float32': dict(
+    subspace_dim=10, dtype='float32', shrink=0.2
+  ),
   'cubic Newton': dict(subspace_dim=None, dtype='float64'),
 }
 PEERS = (*peers_krylov.METHODS, 'optax.lbfgs')
@@ -99,7 +102,17 @@ class _Timer:
     return dict(cpu=time.process_time() - cpu, wall=time.perf_counter() - wall)
 
 
-def solve(*, path, ridge, tolerances, subspace_dim, dtype, seconds, runs):
+def solve(
+  *,
+  path,
+  ridge,
+  tolerances,
+  subspace_dim,
+  dtype,
+  seconds,
+  runs,
+  shrink=0.5,
+):
   """What ours takes until the gradient is small; the loop is on the device.
 
   Args:
@@ -110,6 +123,7 @@ def solve(*, path, ridge, tolerances, subspace_dim, dtype, seconds, runs):
     dtype: Of everything.
     seconds: About how long a run may take.
     runs: How often each is timed.
+    shrink: b: what M is multiplied by before each step.
 
   Returns:
     For each tolerance `runs`, a list of `cpu` and `wall` seconds, `iterations`,
@@ -125,9 +139,10 @@ def solve(*, path, ridge, tolerances, subspace_dim, dtype, seconds, runs):
     reached = []
 
     def method(tolerance):
+      settings = dict(gradient_tol=tolerance, shrink=shrink)
       if subspace_dim is None:
-        return newton.cubic_newton(gradient_tol=tolerance)
-      return newton.krylov_cubic_newton(subspace_dim, gradient_tol=tolerance)
+        return newton.cubic_newton(**settings)
+      return newton.krylov_cubic_newton(subspace_dim, **settings)
 
     @functools.partial(jax.jit, static_argnums=2)
     def run(problem, tolerance, num_steps):
