@@ -128,9 +128,6 @@ DENSE_SHARE = 0.25
 THREADED = 10**7
 """Entries of dense rows from which BLAS takes more than one thread."""
 
-MAX_TRIALS = 100
-"""Of M in a step: it halves with each easy one, and may have to come back."""
-
 REFERENCE_DIM = 20
 """Of the Krylov space that finds the least objective of many features."""
 
@@ -345,17 +342,17 @@ def make_method(config: Config, data: Data, name: str) -> methods_lib.Method:
     make_params = functools.partial(methods_lib.logistic_start, data.start)
   if name == 'optax_lbfgs':
     return methods_lib.lbfgs(value_fn, make_params, memory=config.memory)
-  search = dict(regularization=config.regularization, max_trials=MAX_TRIALS)
+  first = dict(regularization=config.regularization)
   if isinstance(data.objective, peers.Softmax):
     return methods_lib.krylov_transform(
-      value_fn, make_params, _dim(name), **search
+      value_fn, make_params, _dim(name), **first
     )
   if name == 'cubic_newton':
-    method = full.cubic_newton(**search)
+    method = full.cubic_newton(**first)
   elif name.startswith('sscn'):
-    method = coordinates.subspace_cubic_newton(_dim(name), **search)
+    method = coordinates.subspace_cubic_newton(_dim(name), **first)
   else:
-    method = krylov.krylov_cubic_newton(_dim(name), **search)
+    method = krylov.krylov_cubic_newton(_dim(name), **first)
   return methods_lib.newton(method, data.start)
 
 

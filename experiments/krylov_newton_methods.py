@@ -116,7 +116,6 @@ def krylov_transform(
   subspace_dim: int,
   *,
   regularization: float,
-  max_trials: int,
 ) -> Method:
   """`transforms.krylov_cubic_newton` on any objective.
 
@@ -125,13 +124,12 @@ def krylov_transform(
     make_params: `data -> params` to start from.
     subspace_dim: m.
     regularization: M of the first step.
-    max_trials: Of M in a step.
 
   Returns:
     The method for the loop.
   """
   tx = transforms.krylov_cubic_newton(
-    subspace_dim, regularization=regularization, max_trials=max_trials
+    subspace_dim, regularization=regularization
   )
 
   def update(data, state):

@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse
 from absl.testing import parameterized
 
+from emc2 import newton
 from emc2.experiments import krylov_newton, runner
 from emc2.experiments import krylov_newton_head as head_lib
 from emc2.experiments import krylov_newton_methods as methods_lib
@@ -160,6 +161,17 @@ class TraceTest(parameterized.TestCase):
       )
       trace.end()
     self.assertEqual(trace_lib.read_ended(self.folder)[1]['result'], reason)
+
+  def test_ends_are_results_of_newton_methods(self):
+    """A method's own result is taken for why it ended."""
+    ends = trace_lib.End
+    for result, end in (
+      (newton.Result.OK, ends.LIMIT),
+      (newton.Result.CONVERGED, ends.CONVERGED),
+      (newton.Result.SEARCH_FAILED, ends.STUCK),
+      (newton.Result.NON_FINITE, ends.NON_FINITE),
+    ):
+      self.assertEqual(int(result), int(end))
 
   def test_what_is_not_finite_is_no_point(self):
     self.assertIsNone(trace_lib.read_ended(self.folder))
