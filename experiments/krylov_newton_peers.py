@@ -40,7 +40,8 @@ class Logistic:
   def __init__(self, rows: Any, labels: np.ndarray, ridge: float):
     self.rows, self.labels = rows, labels.astype(np.float64)
     self.ridge, self.size = ridge, rows.shape[1]
-    self._columns = rows.T  # Of compressed rows, which need no other order.
+    # Sums over compressed rows are a third faster than over columns.
+    self._columns = rows.T if isinstance(rows, np.ndarray) else rows.T.tocsr()
     self._x = None
 
   def _go_to(self, x):
@@ -51,6 +52,7 @@ class Logistic:
     small = np.exp(-np.abs(self._scores))
     self._small, share = small, 1 / (1 + small)
     self._chance = np.where(self._scores >= 0, share, small * share)
+    self._curvature = None
 
   def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
     """The objective at x (d,), and its gradient (d,)."""
@@ -65,8 +67,10 @@ class Logistic:
   def hvp(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The Hessian at x times v, (d,)."""
     self._go_to(x)
-    chance = self._chance
-    images = chance * (1 - chance) * (self.rows @ v) / chance.size
+    if self._curvature is None:
+      chance = self._chance
+      self._curvature = chance * (1 - chance) / chance.size
+    images = self._curvature * (self.rows @ v)
     return self._columns @ images + self.ridge * v
 
 

@@ -1,15 +1,17 @@
 """How logistic regression is fitted today: the solvers of SciPy.
 
-Served by `worker.py`; needs NumPy and SciPy. A problem comes as a file of
-`numpy.savez` with `indptr`, `indices`, `data` and `shape` of its features and
-`labels` in {0, 1}. The objective is the mean logistic loss plus `ridge / 2`
-times the sum of squares, in float64, from weights of 0.5.
+Served by `worker.py`, in our Python, which has SciPy too. A problem comes as a
+file of `numpy.savez` with `indptr`, `indices`, `data` and `shape` of its
+features and `labels` in {0, 1}. The objective is the mean logistic loss plus
+`ridge / 2` times the sum of squares, in float64, from weights of 0.5.
 """
 
 import contextlib
 import time
 
 import numpy as np
+
+from emc2.experiments import krylov_newton_peers
 
 PACKAGES = ('numpy', 'scipy')
 
@@ -32,46 +34,9 @@ def read(path):
     return features, found['labels'].astype(np.float64)
 
 
-class Objective:
-  """Value, gradient and Hessian products; keeps what they share."""
-
-  def __init__(self, features, labels, ridge):
-    self.features, self.labels, self.ridge = features, labels, ridge
-    self.transposed = features.T.tocsr()  # Faster than `features.T @`.
-    self.point = None
-    self.num_gradients = self.num_products = 0
-
-  def _move(self, point):
-    if self.point is None or not np.array_equal(point, self.point):
-      self.point = np.array(point)
-      scores = self.features @ point
-      small = np.exp(-np.abs(scores))
-      losses = np.maximum(scores, 0) + np.log1p(small)
-      self.value = np.mean(losses - self.labels * scores)
-      self.value += self.ridge / 2 * point @ point
-      self.chances = np.where(scores >= 0, 1, small) / (1 + small)
-      self.curvature = None
-
-  def gradient(self, point):
-    """(d,)."""
-    self._move(point)
-    self.num_gradients += 1
-    errors = (self.chances - self.labels) / len(self.labels)
-    return self.transposed @ errors + self.ridge * self.point
-
-  def value_and_gradient(self, point):
-    """(), (d,)."""
-    gradient = self.gradient(point)
-    return self.value, gradient
-
-  def product(self, point, vector):
-    """The Hessian at a point, times a vector."""
-    self._move(point)
-    self.num_products += 1
-    if self.curvature is None:
-      self.curvature = self.chances * (1 - self.chances) / len(self.labels)
-    scores = self.features @ vector
-    return self.transposed @ (self.curvature * scores) + self.ridge * vector
+def read_objective(path, ridge):
+  """What all minimise."""
+  return krylov_newton_peers.Logistic(*read(path), ridge)
 
 
 class _Stop(Exception):
@@ -94,11 +59,12 @@ def solve(*, path, ridge, method, tolerances, seconds):
   """
   from scipy import optimize
 
-  objective = Objective(*read(path), ridge)
-  start = np.full(objective.features.shape[1], 0.5)
-  objective.product(start, start)  # What a first call loads is not its speed.
-  objective.point, objective.num_products = None, 0
+  objective = read_objective(path, ridge)
+  start = np.full(objective.size, 0.5)
+  # What a first call loads is not its speed.
+  objective.hvp(np.zeros_like(start), start)
   reached, least = [], np.inf
+  num_gradients = num_products = 0
   wall, cpu = time.perf_counter(), time.process_time()
 
   def watch(gradient):
@@ -111,8 +77,8 @@ def solve(*, path, ridge, method, tolerances, seconds):
         dict(
           cpu=time.process_time() - cpu,
           wall=took,
-          gradients=objective.num_gradients,
-          products=objective.num_products,
+          gradients=num_gradients,
+          products=num_products,
         )
       )
     if len(reached) == len(tolerances) or took > seconds:
@@ -120,15 +86,19 @@ def solve(*, path, ridge, method, tolerances, seconds):
     return gradient
 
   def value_and_gradient(point):
+    nonlocal num_gradients
+    num_gradients += 1
     value, gradient = objective.value_and_gradient(point)
     return value, watch(gradient)
 
-  def product(point, vector):
+  def hvp(point, vector):
+    nonlocal num_products
+    num_products += 1
     if time.perf_counter() - wall > seconds:  # Some inner solves never end.
       raise _Stop
-    return objective.product(point, vector)
+    return objective.hvp(point, vector)
 
-  hessian = {} if method == 'L-BFGS-B' else dict(hessp=product)
+  hessian = {} if method == 'L-BFGS-B' else dict(hessp=hvp)
   options = METHODS[method] | dict(maxiter=10**6)
   with contextlib.suppress(_Stop):
     optimize.minimize(
@@ -145,18 +115,17 @@ def solve(*, path, ridge, method, tolerances, seconds):
 
 def gradient_norm(path, ridge, point):
   """At a point, in float64: the judge of all."""
-  objective = Objective(*read(path), ridge)
-  return float(np.linalg.norm(objective.gradient(np.asarray(point))))
+  _, gradient = read_objective(path, ridge).value_and_gradient(point)
+  return float(np.linalg.norm(gradient))
 
 
 def time_product(*, path):
   """One Hessian product."""
-  objective = Objective(*read(path), 0.0)
+  objective = read_objective(path, 0.0)
   rng = np.random.default_rng(0)
-  point, vector = rng.normal(size=(2, objective.features.shape[1]))
-  objective.product(point, vector)
-  return lambda: objective.product(point, vector)
+  point, vector = rng.normal(size=(2, objective.size))
+  objective.hvp(point, vector)
+  return lambda: objective.hvp(point, vector)
 
 
-CASES = {'product': time_product}
 VALUES = {'solve': solve}
