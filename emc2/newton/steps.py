@@ -186,11 +186,6 @@ def init(
     )(problem, x)
   bound = settings.regularization
   if bound is None:
-    if settings.mesh is not None:
-      raise NotImplementedError(
-        'regularization must be given with a mesh, for instance as '
-        'curvature_bound of the problem on one device.'
-      )
     bound = problem_lib.curvature_bound(problem, settings.loss)
   return State(
     x=x,

@@ -57,6 +57,20 @@ class DevicesTest(parameterized.TestCase):
   def test_same_in_other_ways(self, name, axes, sparse):
     self._compare(name, axes, sparse)
 
+  def test_the_bound_of_a_problem_in_blocks(self):
+    objective, mesh = trains_newton.sparse_logistic(45, 13), mesh_lib.make()
+    make = functools.partial(
+      trains_newton.make, objective, sparse=True, dtype=np.float32
+    )
+    data = make(num_row_blocks=8)
+    data = mesh_lib.place(data, mesh, problem.shardings(data, mesh))
+    begin = lambda data, mesh: krylov.krylov_cubic_newton(
+      2, regularization=None, mesh=mesh
+    ).init(jax.random.key(0), data)
+    want = begin(make(), None).regularization
+    found = begin(data, mesh).regularization
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
   @pytest.mark.slow
   def test_two_processes(self):
     path = pathlib.Path(self.create_tempdir().full_path) / 'objective.npy'
