@@ -151,13 +151,14 @@ def solve(
       return newton.solve.run(key, chosen, state, problem, num_steps=num_steps)
 
     timer = _Timer()
-    jax.block_until_ready(run(problem, 1.0, 2_000))
+    num_steps = 1_000 if subspace_dim else 50
+    jax.block_until_ready(run(problem, 1.0, num_steps))
     compiled = timer.read()
     for tolerance in tolerances:
       taken = []
       for _ in range(runs):
         timer = _Timer()
-        state, infos = jax.block_until_ready(run(problem, tolerance, 2_000))
+        state, infos = jax.block_until_ready(run(problem, tolerance, num_steps))
         taken.append(timer.read())
         if taken[-1]['wall'] > seconds:
           break
@@ -262,10 +263,10 @@ def time_products_of_scipy(*, path):
   return calls
 
 
-def time_kernel(*, spec: str, implementation: str):
+def time_kernel(*, kernel: str, spec: str, implementation: str):
   """The product at a shape of its `specs.py`, `LOOPS` times at once."""
   rng = np.random.default_rng(0)
-  if spec in specs.SPECS:
+  if kernel == 'glm_hvp':
     n, d, dtype = specs.SPECS[spec]
     tables = (jnp.asarray(rng.normal(size=(n, d)) / d**0.5, dtype),)
     multiply = glm_hvp.glm_hvp
@@ -329,7 +330,7 @@ class _Run:
       arguments |= dict(
         path=self.path(),
         tolerances=TOLERANCES,
-        seconds=1 if self.smoke else 20,
+        seconds=1 if self.smoke else 10,
       )
       side = harness.Side(module, case, arguments, pinned=pinned)
       self._known[key] = context.value(side)
@@ -337,7 +338,7 @@ class _Run:
 
   def ours(self, context, method, ridge, pinned):
     """Of one of `METHODS`."""
-    arguments = METHODS[method] | dict(ridge=ridge, runs=1 if self.smoke else 5)
+    arguments = METHODS[method] | dict(ridge=ridge, runs=1 if self.smoke else 3)
     return self.ask(context, _OURS, 'solve', pinned, **arguments)
 
   def theirs(self, context, peer, ridge, pinned):
@@ -402,7 +403,8 @@ def _race_kernel(kernel, name, on_gpu, context):
   metric, row = f'time of {LOOPS}', f'{kernel}, {name}'
   if context.platform == 'cuda' and not on_gpu:
     return [harness.Row(row, metric, 'ms', note='no kernel for GPUs')]
-  return [context.race_kernel(row, metric, _OURS, spec=name)]
+  arguments = dict(kernel=kernel, spec=name)
+  return [context.race_kernel(row, metric, _OURS, **arguments)]
 
 
 def _race(run, ridge, peer, context, *, clock='cpu', methods=tuple(METHODS)):

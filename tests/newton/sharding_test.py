@@ -64,9 +64,11 @@ class DevicesTest(parameterized.TestCase):
     )
     data = make(num_row_blocks=8)
     data = mesh_lib.place(data, mesh, problem.shardings(data, mesh))
-    begin = lambda data, mesh: krylov.krylov_cubic_newton(
-      2, regularization=None, mesh=mesh
-    ).init(jax.random.key(0), data)
+
+    def begin(data, mesh):
+      method = krylov.krylov_cubic_newton(2, regularization=None, mesh=mesh)
+      return jax.jit(method.init)(jax.random.key(0), data)
+
     want = begin(make(), None).regularization
     found = begin(data, mesh).regularization
     np.testing.assert_allclose(found, want, rtol=1e-5)

@@ -53,7 +53,7 @@ SPECS = {
   'wide': Spec(8_192, 4_096, 'float32'),
 }
 PADDED_SPECS = {
-  'w8a_padded': PaddedSpec(16, 49_749, 300, 'uint16', False),
+  'w8a': PaddedSpec(16, 49_749, 300, 'uint16', False),
   'weighted': PaddedSpec(64, 20_242, 4_096, 'uint16', True),
   'int32': PaddedSpec(16, 8_192, 1_000, 'int32', True),
 }
