@@ -43,7 +43,12 @@ def check(
 
 
 def merge(
-  rows: np.ndarray, ids: np.ndarray, values: np.ndarray, shape: tuple[int, int]
+  rows: np.ndarray,
+  ids: np.ndarray,
+  values: np.ndarray,
+  shape: tuple[int, int],
+  *,
+  dtype: Any = np.float32,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Compressed rows whose columns rise, without zeros.
 
@@ -52,9 +57,10 @@ def merge(
     ids: (nnz,), columns.
     values: (nnz,).
     shape: Of the matrix.
+    dtype: Of the merged values.
 
   Returns:
-    Where rows start, int64; columns, int32; and values, float32.
+    Where rows start, int64; columns, int32; and values.
 
   Examples:
     >>> entries = np.array([0, 0, 1]), np.array([2, 2, 0]), np.ones(3)
@@ -71,4 +77,4 @@ def merge(
   kept = values != 0
   lengths = np.bincount(rows[kept], minlength=num_rows)
   starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-  return starts, ids[kept].astype(np.int32), values[kept].astype(np.float32)
+  return starts, ids[kept].astype(np.int32), values[kept].astype(dtype)

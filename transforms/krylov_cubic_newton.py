@@ -1,6 +1,5 @@
 """Newton steps in a Krylov space, with a cubic in place of a step size."""
 
-import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import optax
 from emc2 import arguments, mesh
 from emc2.linalg import cubic, lanczos
 from emc2.newton import regularization as regularization_lib
+from emc2.transforms import rows as rows_lib
 
 _Result = regularization_lib.Result
 
@@ -167,7 +167,7 @@ def krylov_cubic_newton(
     # Inside of `shard_map` or not: it cannot tell whether leaves are whole.
     if not axes:
       _check_dim(subspace_dim, sum(leaf.size for leaf in leaves))
-    dtype = _wide_dtype(leaves)
+    dtype = rows_lib.wide_dtype(*leaves)
     return KrylovCubicNewtonState(
       regularization=jnp.array(start, dtype),
       shift=jnp.zeros([], dtype),
@@ -280,12 +280,6 @@ def krylov_cubic_newton(
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _wide_dtype(leaves: list[Any]) -> np.dtype:
-  """float64 if any leaf is, else float32."""
-  dtypes = [leaf.dtype for leaf in leaves]
-  return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
 def _is_whole(leaf: jax.Array, axis: str) -> bool:

@@ -1,6 +1,7 @@
 """Trees whose leaves hold points of unit spheres along their last axis."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,8 +31,8 @@ def check_positive(value: jax.typing.ArrayLike, name: str) -> None:
     raise ValueError(f'{name} must be positive, got {value}.')
 
 
-def wide_dtype(*leaves: jax.Array) -> np.dtype:
-  """The least dtype that holds the leaves, and at least float32."""
+def wide_dtype(*leaves: Any) -> np.dtype:
+  """The least dtype that holds arrays or their shapes, and at least float32."""
   dtypes = [leaf.dtype for leaf in leaves]
   return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 

@@ -423,16 +423,8 @@ def _entries(
     raise ValueError(
       f'features must be finite, got {values[bad[0]]} in row {rows[bad[0]]}.'
     )
-  num_columns = np.int64(matrix.shape[1])
-  key = rows * num_columns + ids
-  if np.any(np.diff(key) <= 0):
-    key, place = np.unique(key, return_inverse=True)
-    values = np.bincount(place, values)
-    rows, ids = np.divmod(key, num_columns)
-  values = values.astype(dtype)
-  if not np.all(values):
-    kept = values != 0
-    rows, ids, values = rows[kept], ids[kept], values[kept]
+  starts, ids, values = csr.merge(rows, ids, values, matrix.shape, dtype=dtype)
+  rows = np.repeat(np.arange(matrix.shape[0]), np.diff(starts))
   return rows, ids, None if np.all(values == 1) else values
 
 

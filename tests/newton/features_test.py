@@ -6,22 +6,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 from absl.testing import parameterized
 
 from emc2.kernels import glm_hvp
 from emc2.newton import features
-
-
-def _csr(dense):
-  """Rows of a dense matrix in compressed form."""
-  rows, ids = np.nonzero(dense)
-  lengths = np.bincount(rows, minlength=len(dense))
-  return types.SimpleNamespace(
-    shape=dense.shape,
-    indptr=np.concatenate([[0], np.cumsum(lengths)]),
-    indices=ids,
-    data=dense[rows, ids],
-  )
 
 
 def _draw(shape, dtype='float32', ones=False):
@@ -73,7 +62,9 @@ class ProductsTest(parameterized.TestCase):
   def test_sparse(self, shape, ones, dtype):
     dense = _draw(shape, dtype, ones)
     with jax.enable_x64(dtype == 'float64'):
-      matrix, order = features.from_csr(_csr(dense), dtype=dtype)
+      matrix, order = features.from_csr(
+        scipy.sparse.csr_array(dense), dtype=dtype
+      )
       self.assertEqual(matrix.rows.whole[0].values is None, ones)
       # Each row once; which is long and which short is the oracle's to say.
       self.assertCountEqual(order, range(len(dense)))
@@ -83,7 +74,9 @@ class ProductsTest(parameterized.TestCase):
   @parameterized.parameters(2, 5, 64)
   def test_any_width_of_pieces(self, max_width):
     dense = _draw((70, 50))
-    matrix, order = features.from_csr(_csr(dense), max_width=max_width)
+    matrix, order = features.from_csr(
+      scipy.sparse.csr_array(dense), max_width=max_width
+    )
     for bucket in (*matrix.rows.pieces, *matrix.columns.pieces):
       self.assertLessEqual(bucket.ids.shape[0], max_width)
     self.assertEqual(matrix.rows.joined is None, max_width == 64)
@@ -92,11 +85,11 @@ class ProductsTest(parameterized.TestCase):
   @parameterized.parameters((1, 1), (1, 40), (40, 1), (3, 2))
   def test_small_shapes(self, *shape):
     dense = np.ones(shape, np.float32)
-    matrix, order = features.from_csr(_csr(dense))
+    matrix, order = features.from_csr(scipy.sparse.csr_array(dense))
     self.check(matrix, dense[order], 1e-6)
 
   def test_a_matrix_of_zeros(self):
-    matrix, _ = features.from_csr(_csr(np.zeros((4, 3))))
+    matrix, _ = features.from_csr(scipy.sparse.csr_array(np.zeros((4, 3))))
     self.check(matrix, np.zeros((4, 3), np.float32), 0)
     found = features.columns(matrix, jnp.array([0, 2]))
     np.testing.assert_array_equal(found, np.zeros((4, 2)))
@@ -108,7 +101,7 @@ class ProductsTest(parameterized.TestCase):
     )
     dense = _draw((61, 37))
     breadth = -(-37 // num_column_blocks) * num_column_blocks
-    sparse, order = features.from_csr(_csr(dense), **blocks)
+    sparse, order = features.from_csr(scipy.sparse.csr_array(dense), **blocks)
     self.assertLen(order, -(-61 // num_row_blocks) * num_row_blocks)
     shape = num_row_blocks, num_column_blocks
     self.assertEqual(features.num_blocks(sparse), shape)
@@ -121,7 +114,7 @@ class ProductsTest(parameterized.TestCase):
   def test_own_block(self):
     dense = _draw((60, 36))
     matrix, order = features.from_csr(
-      _csr(dense), num_row_blocks=2, num_column_blocks=3
+      scipy.sparse.csr_array(dense), num_row_blocks=2, num_column_blocks=3
     )
     whole = _reordered(dense, order, 36).reshape(2, 30, 3, 12)
     shard = jax.tree.map(lambda x: x[1:, 2:], matrix)
@@ -131,7 +124,9 @@ class ProductsTest(parameterized.TestCase):
     lengths = np.full(64, 1)
     lengths[:8] = 30
     dense = (np.arange(40) < lengths[:, None]).astype(np.float32)
-    matrix, _ = features.from_csr(_csr(dense), num_row_blocks=8)
+    matrix, _ = features.from_csr(
+      scipy.sparse.csr_array(dense), num_row_blocks=8
+    )
     size = sum(
       bucket.ids.size for bucket in (*matrix.rows.pieces, *matrix.rows.whole)
     )
@@ -153,7 +148,9 @@ class ProductsTest(parameterized.TestCase):
   def test_padding_is_small(self):
     rng = np.random.default_rng(0)
     dense = rng.random((3000, 400)) < rng.random((3000, 1)) ** 3 * 0.3
-    matrix, _ = features.from_csr(_csr(dense.astype(np.float32)))
+    matrix, _ = features.from_csr(
+      scipy.sparse.csr_array(dense.astype(np.float32))
+    )
     for sums in (matrix.rows, matrix.columns):
       size = sum(b.ids.size for b in (*sums.pieces, *sums.whole))
       self.assertLess(size, 1.25 * dense.sum())
@@ -176,7 +173,7 @@ class ProductsTest(parameterized.TestCase):
 
   def test_many_vectors(self):
     dense = _draw((50, 30))
-    sparse, order = features.from_csr(_csr(dense))
+    sparse, order = features.from_csr(scipy.sparse.csr_array(dense))
     whole, _ = features.from_dense(dense[order])
     rng = np.random.default_rng(2)
     v = rng.normal(size=(4, 30)).astype(np.float32)
@@ -206,7 +203,9 @@ class ColumnsTest(parameterized.TestCase):
   @parameterized.product(ones=[False, True], max_width=[3, 8, 64])
   def test_sparse(self, ones, max_width):
     dense = _draw((130, 24), ones=ones)
-    matrix, order = features.from_csr(_csr(dense), max_width=max_width)
+    matrix, order = features.from_csr(
+      scipy.sparse.csr_array(dense), max_width=max_width
+    )
     ids = jnp.array([12, 8, 3, 23, 0, 12])
     found = jax.jit(features.columns)(matrix, ids)
     np.testing.assert_array_equal(found, dense[order][:, ids])
@@ -214,7 +213,7 @@ class ColumnsTest(parameterized.TestCase):
   def test_more_entries_than_are_taken_at_once(self):
     dense = np.ones((3000, 4), np.float32)
     dense[::2, 1] = 0
-    matrix, order = features.from_csr(_csr(dense))
+    matrix, order = features.from_csr(scipy.sparse.csr_array(dense))
     found = jax.jit(features.columns)(matrix, jnp.array([3, 1, 0]))
     np.testing.assert_array_equal(found, dense[order][:, [3, 1, 0]])
 
@@ -227,7 +226,7 @@ class ColumnsTest(parameterized.TestCase):
 
 class ProgramTest(parameterized.TestCase):
   def test_nothing_is_scattered(self):
-    matrix, _ = features.from_csr(_csr(_draw((90, 40))))
+    matrix, _ = features.from_csr(scipy.sparse.csr_array(_draw((90, 40))))
     ones = jnp.ones(90), jnp.ones(40)
     text = jax.jit(features.hvp).lower(matrix, *ones).as_text()
     self.assertNotIn('stablehlo.scatter', text)
@@ -246,7 +245,9 @@ class ProgramTest(parameterized.TestCase):
     )
     vectors = jnp.ones(90), jnp.ones(40)
     for max_width, uncut in (16, False), (64, True):
-      matrix, order = features.from_csr(_csr(dense), max_width=max_width)
+      matrix, order = features.from_csr(
+        scipy.sparse.csr_array(dense), max_width=max_width
+      )
       widths = [bucket.ids.shape[0] for bucket in matrix.rows.whole]
       with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(product).trace(matrix, *vectors)
@@ -266,7 +267,9 @@ class ProgramTest(parameterized.TestCase):
 
   def test_a_loop_keeps_narrow_ids(self):
     """Else XLA widens them in front of the loop, and reads twice as much."""
-    matrix, _ = features.from_csr(_csr(_draw((90, 40), ones=True)))
+    matrix, _ = features.from_csr(
+      scipy.sparse.csr_array(_draw((90, 40), ones=True))
+    )
 
     def loop(matrix, c, v):
       body = lambda _, v: features.hvp(matrix, c, v)[0]
@@ -285,12 +288,12 @@ class RefusalTest(parameterized.TestCase):
     dense = np.zeros((3, 2))
     dense[1, 1] = value
     with self.assertRaisesRegex(ValueError, 'features .* finite, got .* row 1'):
-      features.from_csr(_csr(dense))
+      features.from_csr(scipy.sparse.csr_array(dense))
     with self.assertRaisesRegex(ValueError, 'features .* finite, got .* row 1'):
       features.from_dense(dense)
 
   def test_wrong_indices(self):
-    matrix = _csr(np.eye(3))
+    matrix = scipy.sparse.csr_array(np.eye(3))
     matrix.indices = np.array([0, 1, 3])
     with self.assertRaisesRegex(ValueError, r'features in \[0, 3\)'):
       features.from_csr(matrix)

@@ -1,26 +1,13 @@
 """Objectives of problems against dense NumPy, and what is refused."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 from absl.testing import parameterized
 
 from emc2 import mesh as meshes
 from emc2.newton import features, problem
-
-
-def _csr(dense):
-  """Rows of a dense matrix in compressed form."""
-  rows, ids = np.nonzero(dense)
-  lengths = np.bincount(rows, minlength=len(dense))
-  return types.SimpleNamespace(
-    shape=dense.shape,
-    indptr=np.concatenate([[0], np.cumsum(lengths)]),
-    indices=ids,
-    data=dense[rows, ids],
-  )
 
 
 def _draw(loss='logistic', n=43, d=11):
@@ -67,7 +54,7 @@ class ObjectiveTest(parameterized.TestCase):
   def test_value_gradient_and_hessian(self, loss, sparse, blocks):
     dense, labels, weights, x = _draw(loss)
     made = problem.make(
-      _csr(dense) if sparse else dense,
+      scipy.sparse.csr_array(dense) if sparse else dense,
       labels,
       loss=loss,
       ridge=0.3,
@@ -121,7 +108,7 @@ class ObjectiveTest(parameterized.TestCase):
 
   def test_value_fn_scatters_nothing(self):
     dense, labels, _, x = _draw()
-    made = problem.make(_csr(dense), labels)
+    made = problem.make(scipy.sparse.csr_array(dense), labels)
 
     def twice(x, v):
       f = problem.value_fn(made, 'logistic')
@@ -155,7 +142,7 @@ class ObjectiveTest(parameterized.TestCase):
   def test_float64(self):
     dense, labels, weights, x = _draw()
     with jax.enable_x64(True):
-      for matrix in (dense, _csr(dense)):
+      for matrix in (dense, scipy.sparse.csr_array(dense)):
         made = problem.make(
           matrix, labels, sample_weight=weights, dtype=np.float64
         )
@@ -182,7 +169,7 @@ class CurvatureBoundTest(parameterized.TestCase):
   def test_closed_form(self, sparse, blocks):
     dense, labels, _, _ = _draw()
     made = problem.make(
-      _csr(dense) if sparse else dense,
+      scipy.sparse.csr_array(dense) if sparse else dense,
       labels,
       num_row_blocks=blocks,
       num_column_blocks=blocks,
@@ -218,7 +205,7 @@ class ShardingsTest(parameterized.TestCase):
     dense, labels, weights, x = _draw()
     shape = axes.get('data', 1), axes.get('tensor', 1)
     made = problem.make(
-      _csr(dense) if sparse else dense,
+      scipy.sparse.csr_array(dense) if sparse else dense,
       labels,
       ridge=0.3,
       sample_weight=weights,
@@ -251,7 +238,9 @@ class ShardingsTest(parameterized.TestCase):
   @parameterized.parameters(False, True)
   def test_blocks_that_do_not_fit(self, sparse):
     dense, labels, _, _ = _draw()
-    made = problem.make(_csr(dense) if sparse else dense, labels)
+    made = problem.make(
+      scipy.sparse.csr_array(dense) if sparse else dense, labels
+    )
     mesh = meshes.make(jax.devices()[:2], data=2)
     with self.assertRaisesRegex(ValueError, 'num_row_blocks=2'):
       problem.shardings(made, mesh)
@@ -284,9 +273,15 @@ class RefusalTest(parameterized.TestCase):
     (dict(features=np.ones(3)), 'features must have shape'),
     (dict(features=np.ones((3, 0))), 'features must have shape'),
     (dict(features=np.ones((0, 3)), labels=[]), 'features must have shape'),
-    (dict(features=_csr(np.ones((0, 3))), labels=[]), 'features must have'),
+    (
+      dict(features=scipy.sparse.csr_array(np.ones((0, 3))), labels=[]),
+      'features must have',
+    ),
     (dict(features=np.diag([1, np.nan, 1])), 'features must be finite'),
-    (dict(features=_csr(np.diag([1, np.inf, 1]))), 'features must be finite'),
+    (
+      dict(features=scipy.sparse.csr_array(np.diag([1, np.inf, 1]))),
+      'features must be finite',
+    ),
   )
   def test_at_the_door(self, change, message):
     given = dict(features=np.eye(3), labels=[1, 0, 1]) | change
